@@ -1,0 +1,1 @@
+"""Ray hires the plain classes of the other folders."""

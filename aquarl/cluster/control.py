@@ -1,0 +1,136 @@
+"""A run that is going on somewhere: see it, change its rollout workers, submit another."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError, GetTimeoutError
+
+from aquarl.cluster.errors import first_line, plain_errors
+from aquarl.cluster.launch import cluster_address, namespace, require_answer
+from aquarl.config import Config, to_toml
+from aquarl.errors import ClusterError, ConfigError
+
+JOBS = ("tokenizer", "base", "mid", "sft", "rl", "evaluate", "report", "pipeline")
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARD = "http://127.0.0.1:8265"
+STOP_WAIT_S = "20"
+"""How long a stopped job has to end in order before it is killed."""
+
+
+def scale(config: Config, workers: int) -> None:
+    """Give the live RL run in `run.dir` this many rollout workers.
+
+    Raises:
+        ClusterError: No such run is live on the cluster.
+    """
+    if workers < 1:
+        raise ConfigError(f"A run needs at least 1 rollout worker, not {workers}. Try 1.")
+    _ask(config, "scale", workers)
+
+
+def status(config: Config) -> dict[str, Any]:
+    """Return where the live RL run in `run.dir` stands. Raises: ClusterError, as `scale`."""
+    answer: dict[str, Any] = _ask(config, "status")
+    return answer
+
+
+def _ask(config: Config, method: str, *args: Any) -> Any:
+    address = cluster_address(config) or "auto"
+    is_ours = not ray.is_initialized()
+    try:
+        if is_ours:
+            require_answer(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with plain_errors():
+            stream = ray.get_actor("stream", namespace=namespace(config))
+            return ray.get(getattr(stream, method).remote(*args), timeout=30)
+    except (OSError, RuntimeError, ValueError, GetTimeoutError, AuthenticationError) as error:
+        raise ClusterError(
+            f"No RL run in {config.run.dir} answers on the cluster at {address} "
+            f"({first_line(error)}). Name the run's directory with run.dir=... and its cluster "
+            "with cluster.address=HOST:6379."
+        ) from error
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def submit(stage: str, config: Config) -> str:
+    """Submit a stage as a Ray job from this checkout and follow its log.
+
+    Args:
+        stage: One of `JOBS`.
+        config: Its settings; `cluster.address` is that of the dashboard, http://HOST:8265.
+            Without it RAY_API_SERVER_ADDRESS counts, then this machine.
+
+    Returns:
+        The job's last status, or "RUNNING" if the person stopped following.
+
+    Raises:
+        ClusterError: There is no such job, or no cluster that takes jobs.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    script = Path("ray_jobs") / f"{stage}.py"
+    if stage not in JOBS or not (ROOT / script).is_file():
+        raise ClusterError(f"There is no job {stage!r}. Jobs: {', '.join(JOBS)}.")
+    address = config.cluster.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
+    address = address if "://" in address else f"http://{address}"
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(
+            entrypoint=shlex.join(["python", str(script), *settings(config)]),
+            runtime_env={
+                "working_dir": str(ROOT),
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S, "PYTHONUNBUFFERED": "1"},
+            },
+        )
+    except (OSError, RuntimeError, AuthenticationError) as error:
+        raise ClusterError(
+            f"No cluster takes jobs at {address} ({first_line(error)}). Start one with "
+            "`ray start --head`, or set cluster.address=http://HOST:8265; its token belongs in "
+            "~/.ray/auth_token or RAY_AUTH_TOKEN."
+        ) from error
+    print(f"{job} is submitted; `ray job stop {job}` ends it, and it can be resumed.", flush=True)
+    shown = 0
+    try:
+        while True:
+            state = client.get_job_status(job)
+            log = client.get_job_logs(job)
+            print(log[shown:], end="", flush=True)
+            shown = len(log)
+            if state in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED):
+                return str(state.value)
+            time.sleep(1)
+    except KeyboardInterrupt:
+        print(f"\n{job} goes on; `ray job logs --follow {job}` shows it.", flush=True)
+        return "RUNNING"
+
+
+def settings(config: Config) -> list[str]:
+    """Return what differs from the defaults, as key=value, so that a job needs no file of ours.
+
+    Local paths are whole already: a job runs in a folder of its own that is deleted after it.
+    """
+    tree = config.model_dump(mode="json")
+    tree["cluster"].pop("address")  # a job is in its cluster already
+    default = set(_pairs(Config()))
+    return [pair for pair in _pairs(Config.model_validate(tree)) if pair not in default]
+
+
+def _pairs(config: Config) -> Iterator[str]:
+    """Yield every setting as section.key=value."""
+    section = ""
+    for line in to_toml(config).splitlines():
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif line:
+            yield f"{section}.{line.replace(' = ', '=', 1)}"

@@ -1,0 +1,156 @@
+"""Checkpoints in, measures out: evaluation through Ray actors that each hold a sampler.
+
+The prompts of a question are dealt out to the actors in turn and come back in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from aquarl.cluster.results import finished_policy, tokenizer_folder
+from aquarl.cluster.rollout_pool import sampler_maker, unused
+from aquarl.config import Config
+from aquarl.data.tokenizer import Tokenizer
+from aquarl.errors import ConfigError
+from aquarl.evaluate.evaluator import compare, evaluate_policy, evaluation_summary
+from aquarl.model.flat_weights import flatten
+from aquarl.model.gpt import GPT
+from aquarl.records import Problem, Prompt, Rollout, Sampling, Weights
+from aquarl.tasks.catalog import load_problems
+
+
+class EvaluationWorker:
+    """A sampler on its own resources, with the weights of one checkpoint."""
+
+    def __init__(self, config: Config, model_shape: Any, tokenizer: Tokenizer) -> None:
+        self._sampler = sampler_maker(config, model_shape, tokenizer)()
+
+    def __repr__(self) -> str:
+        return "EvaluationWorker"
+
+    def load_weights(self, weights: Weights) -> None:
+        self._sampler.load_weights(weights)
+
+    def sample(self, *args: Any) -> list[list[Rollout]]:
+        return self._sampler.sample(*args)
+
+    def letter_logprobs(self, *args: Any) -> list[list[float]]:
+        return self._sampler.letter_logprobs(*args)
+
+
+class PooledSampler:
+    """Several `EvaluationWorker`s as one `Sampler`."""
+
+    def __init__(self, config: Config, model: GPT, tokenizer: Tokenizer, workers: int) -> None:
+        hired = ray.remote(
+            num_cpus=config.cluster.rollout_cpus, num_gpus=config.cluster.rollout_gpus
+        )(EvaluationWorker)
+        self._workers: list[Any] = [
+            hired.options(name=unused(f"evaluate-{i}")).remote(config, model.shape, tokenizer)
+            for i in range(workers)
+        ]
+        self.shape, self.version = model.shape, -1
+
+    def load_weights(self, weights: Weights) -> None:
+        """Let every worker take these weights."""
+        shared = ray.put(weights)
+        ray.get([worker.load_weights.remote(shared) for worker in self._workers])
+        self.version = weights.version
+
+    def sample(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Rollout]]:
+        return self._dealt("sample", prompts, seeds, extra=(sampling,))
+
+    def letter_logprobs(
+        self, prompts: Sequence[Sequence[int]], letter_ids: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        return self._dealt("letter_logprobs", prompts, letter_ids)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            ray.kill(worker)
+
+    def _dealt(self, method: str, *columns: Sequence[Any], extra: tuple[Any, ...] = ()) -> Any:
+        n = len(self._workers)
+        parts = [
+            getattr(worker, method).remote(*(list(column[i::n]) for column in columns), *extra)
+            for i, worker in enumerate(self._workers)
+            if columns[0][i::n]
+        ]
+        results: list[Any] = [None] * len(columns[0])
+        for i, part in enumerate(ray.get(parts)):
+            results[i::n] = part
+        return results
+
+
+def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str, Any]:
+    """Return the measures of the stages in `evaluate.stages`, and how each compares with the one
+    before.
+
+    Args:
+        against: "DIR" or "DIR:STAGE": a checkpoint of another run, measured on the same problems
+            and compared with the last stage here.
+
+    Raises:
+        CheckpointError: A checkpoint is missing, damaged, or of another vocabulary.
+        DataError: The split is empty.
+    """
+    problems: tuple[Problem, ...] = getattr(
+        load_problems(config.data, config.run.seed), config.evaluate.split
+    )
+    if not problems:
+        raise ConfigError(
+            f"The {config.evaluate.split} split of {config.data.task} holds no problems. "
+            "Set evaluate.split=validation."
+        )
+    tokenizer = Tokenizer.load(tokenizer_folder(config))
+    models: dict[str, GPT] = {
+        stage: finished_policy(config.run.dir, stage, tokenizer.fingerprint)
+        for stage in config.evaluate.stages
+    }
+    results = _measured(config, models, tokenizer, problems)
+    summary = evaluation_summary(config.evaluate.split, results)
+    if against is not None:
+        folder, _, stage = _folder_and_stage(against)
+        stage = stage or config.evaluate.stages[-1]
+        other = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
+        other_tokenizer = Tokenizer.load(tokenizer_folder(other))
+        model = finished_policy(folder, stage, other_tokenizer.fingerprint)
+        measured = _measured(other, {against: model}, other_tokenizer, problems)[against]
+        last = config.evaluate.stages[-1]
+        summary["stages"][against] = measured
+        summary["comparisons"].append({"a": against, "b": last, **compare(measured, results[last])})
+    return summary
+
+
+def _folder_and_stage(against: str) -> tuple[str, str, str]:
+    """Split "DIR:STAGE"; the colon of gs:// is none of ours."""
+    folder, colon, stage = against.rpartition(":")
+    return (folder, colon, stage) if colon and "/" not in stage else (against, "", "")
+
+
+def _measured(
+    config: Config, models: dict[str, GPT], tokenizer: Tokenizer, problems: Sequence[Problem]
+) -> dict[str, dict[str, Any]]:
+    """Return the measures of each policy; those of one shape share their workers."""
+    workers = min(config.rl.rollout_workers, len(problems))
+    pool: PooledSampler | None = None
+    measured: dict[str, dict[str, Any]] = {}
+    try:
+        for name, model in models.items():
+            if pool is None or pool.shape != model.shape:
+                if pool is not None:
+                    pool.close()
+                pool = PooledSampler(config, model, tokenizer, workers)
+            pool.load_weights(flatten(model, version=len(measured)))
+            measured[name] = evaluate_policy(
+                problems, tokenizer, pool, config.evaluate, config.run.seed
+            )
+    finally:
+        if pool is not None:
+            pool.close()
+    return measured

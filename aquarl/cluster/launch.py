@@ -1,0 +1,276 @@
+"""From a configuration to finished stages: what `aquarl STAGE` and every Ray job call.
+
+Starts or joins Ray, hires the tokenizer's task, the stream and one learner group for all stages
+that do not stand yet, and shows what they say. Nothing here trains or samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError
+from rich.console import Console
+
+from aquarl.cluster.errors import first_line, plain_errors
+from aquarl.cluster.results import (
+    finished_at,
+    put_json,
+    record,
+    require_predecessor,
+    stands,
+    tokenizer_folder,
+    write_config,
+)
+from aquarl.config import Config
+from aquarl.errors import ClusterError
+
+# What needs torch and ray.train (seconds to import) is imported where it is used: after Ray has
+# been started and while its first task runs.
+
+
+def run_stages(config: Config, stages: Sequence[str]) -> None:
+    """Run these stages in order, skipping those whose result stands.
+
+    The tokenizer's task runs while the learner group starts, the rollout workers start while the
+    stage before RL trains, and one group runs all stages: starting a group costs as much as
+    hundreds of small steps.
+
+    Raises:
+        AquarlError: A stage cannot run; what was there before stands.
+    """
+    since = time.time()
+    missing = tuple(stage for stage in stages if not stands(config, stage))
+    for stage in stages:
+        if stage not in missing:
+            print(f"{stage:>9}  stands already in {config.run.dir}")
+    if not missing:
+        return
+    require_predecessor(config, missing[0])
+    write_config(config)
+    with connected(config), plain_errors():
+        _run(config, missing, since)
+
+
+def _run(config: Config, stages: tuple[str, ...], since: float) -> None:
+    check_resources(config, with_rollouts="rl" in stages)
+    from aquarl.cluster.relay import relay_to
+    from aquarl.observe.metrics import make_sinks
+
+    with make_sinks(config) as sinks, relay_to(sinks) as relay:
+        words = None
+        if stages[0] == "tokenizer":
+            task = ray.remote(num_cpus=1)(tokenizer_stage).options(name="tokenizer")
+            words = task.remote(config, relay, since)
+        if learned := tuple(stage for stage in stages if stage != "tokenizer"):
+            with _stream(config, wanted="rl" in learned) as stream:
+                _learn(config, learned, relay, stream, words, since)
+        elif words is not None:
+            ray.get(words)
+
+
+def _learn(
+    config: Config, stages: tuple[str, ...], relay: Any, stream: Any, words: Any, since: float
+) -> None:
+    from aquarl.cluster.learner_group import Member, run_group
+    from aquarl.cluster.stages import Post, learner_stages
+
+    def work(config: Config, member: Member) -> None:
+        began = since
+        if words is not None:
+            with plain_errors():
+                began = ray.get(words)
+        learner_stages(Post(config, member, relay, stream), stages, began)
+
+    run_group(config, work)
+
+
+def tokenizer_stage(config: Config, relay: Any, since: float) -> float:
+    """Train the vocabulary on some of the corpus and of the task. Returns when it was finished."""
+    from aquarl.cluster.relay import say_finished
+    from aquarl.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.train(tokenizer_texts(config), config.tokenizer.vocab_size)
+    tokenizer.save(tokenizer_folder(config))
+    line = record(config, "tokenizer", since, {"vocabulary": tokenizer.vocab_size})
+    say_finished(relay, "tokenizer", 0, line)
+    return finished_at(config, "tokenizer")
+
+
+def tokenizer_texts(config: Config) -> Iterator[str]:
+    """Yield `tokenizer.train_chars` characters: half from the task's problems, while they last,
+    half and the rest from the corpus."""
+    from aquarl.tasks.base import question_text, solution_text
+    from aquarl.tasks.catalog import corpus_documents, load_problems
+
+    left = config.tokenizer.train_chars
+    for problem in load_problems(config.data, config.run.seed).train:
+        if left < config.tokenizer.train_chars / 2:
+            break
+        text = f"{question_text(problem)}\n{solution_text(problem)}"
+        left -= len(text)
+        yield text
+    for document in corpus_documents(config.data, config.run.seed, "train"):
+        if left <= 0:
+            break
+        left -= len(document)
+        yield document
+
+
+@contextmanager
+def _stream(config: Config, *, wanted: bool) -> Iterator[Any]:
+    """Hire the stream, if it is wanted, and send it and its workers home at the end."""
+    if not wanted:
+        yield None
+        return
+    from aquarl.cluster.stream_actor import StreamActor
+
+    stream: Any = (
+        ray.remote(num_cpus=0, max_restarts=config.cluster.max_failures)(StreamActor)
+        .options(name="stream", namespace=namespace(config))
+        .remote(config)
+    )
+    try:
+        yield stream
+    finally:
+        try:
+            ray.get(stream.close.remote(), timeout=20)
+        except Exception as error:  # it may be dead already; then so are its workers
+            logging.getLogger(__name__).debug("stream did not close: %s", error)
+        ray.kill(stream)
+
+
+def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]:
+    """Score the checkpoints of `evaluate.stages` and write `results/evaluate.json`.
+
+    Args:
+        against: Another run directory, or one of its stages as DIR:STAGE, to compare with.
+    """
+    with connected(config), plain_errors():
+        check_resources(config, with_rollouts=True, learners=0)
+        from aquarl.cluster.evaluation import evaluate_checkpoints
+
+        with Console(stderr=True).status(
+            "evaluating " + ", ".join(config.evaluate.stages), refresh_per_second=4
+        ):
+            result = evaluate_checkpoints(config, against)
+    put_json(f"{config.run.dir}/results/evaluate.json", result)
+    return result
+
+
+# Ray.
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM came: `ray job stop`, a scheduler, or a person."""
+
+    status = 143
+    """What the command ends with: 128 + the number of the signal."""
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Be in a Ray cluster: the configured one, the job's, or one of our own that ends with us.
+
+    Raises:
+        ClusterError: There is no such cluster.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = cluster_address(config) or "local"
+    quiet = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_DEDUP_LOGS": "0"}
+    if address == "local":
+        quiet["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    starts = "starting Ray on this machine" if address == "local" else f"joining Ray at {address}"
+    try:
+        require_answer(address)
+        with Console(stderr=True).status(starts, refresh_per_second=4):
+            ray.init(
+                address=address,
+                namespace=namespace(config),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except (RuntimeError, ValueError, OSError, AuthenticationError) as error:
+        raise ClusterError(
+            f"There is no Ray cluster to join at {address} ({first_line(error)}). "
+            "Start one with `ray start --head`, or leave cluster.address out to use this machine."
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)  # after Ray has set its own
+    try:
+        yield
+    except KeyboardInterrupt:  # what Ray makes of an exception in a signal's handler
+        if _is_stopping.is_set():
+            raise Stopped from None
+        raise
+    finally:
+        ray.shutdown()
+
+
+def require_answer(address: str) -> None:
+    """Raise OSError if nobody listens at HOST:PORT: Ray's core would end this very process."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+_is_stopping = threading.Event()
+
+
+def _stop(signum: int, frame: Any) -> None:
+    _is_stopping.set()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out must not be cut
+    raise Stopped
+
+
+def cluster_address(config: Config) -> str | None:
+    """Return the cluster that is named: by the job we are in, or the settings; None for neither."""
+    return os.environ.get("RAY_ADDRESS") or config.cluster.address
+
+
+def namespace(config: Config) -> str:
+    """Return the Ray namespace of a run: where `stream` is found by name."""
+    return "aquarl-" + config.run.dir.rstrip("/").replace("://", "-").replace("/", "-")
+
+
+def check_resources(config: Config, *, with_rollouts: bool, learners: int | None = None) -> None:
+    """Refuse what this machine can never give: Ray itself would wait for ever, silently.
+
+    Raises:
+        ClusterError: It has too few CPUs or GPUs.
+    """
+    if cluster_address(config):
+        return  # a cluster may grow: there the deadlines speak
+    cluster, workers = config.cluster, config.rl.rollout_workers if with_rollouts else 0
+    learners = cluster.learners if learners is None else learners
+    for kind, learner, rollout in (
+        ("CPU", cluster.learner_cpus, cluster.rollout_cpus),
+        ("GPU", cluster.learner_gpus, cluster.rollout_gpus),
+    ):
+        needed = learners * learner + workers * rollout
+        there = ray.cluster_resources().get(kind, 0)
+        if needed > there:
+            advice = (
+                "Lower rl.rollout_workers or cluster.learners, or give each a share: "
+                "cluster.rollout_cpus=0.5."
+                if kind == "CPU"
+                else "Set cluster.learner_gpus=0 and cluster.rollout_gpus=0 to use its CPUs, or "
+                "name a cluster that has them with cluster.address=HOST:6379."
+            )
+            raise ClusterError(
+                f"{learners} learners with {learner:g} {kind}s each and {workers} rollout "
+                f"workers with {rollout:g} each need {needed:g} {kind}s, but this machine has "
+                f"{there:g}. {advice}"
+            )

@@ -1,0 +1,151 @@
+"""Learners: a function and a configuration in, that function on N Ray Train workers with DDP.
+
+NCCL where there are GPUs, gloo elsewhere. Checkpoints are aquarl's own, in the run directory: a
+group that Ray Train restarts finds the newest there and goes on from it, bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from torch import nn
+
+from aquarl.config import Config, build_config
+from aquarl.errors import AquarlError, ClusterError
+
+
+@dataclass(frozen=True)
+class Member:
+    """One worker of a group, as the stage's code sees it."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """Return the module shared among the group's workers; alone, as it is."""
+        if self.world == 1:
+            return module
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+    def once_a_machine(self, work: Callable[[], None]) -> None:
+        """Do this on one worker of each machine while the others wait for it."""
+        if self.local_rank == 0:
+            work()
+        if self.world > 1:
+            dist.barrier()
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Do this on rank 0, and fail on all ranks if it failed there, so that none waits."""
+        fault: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                work()
+            except AquarlError as error:
+                fault = [str(error)]
+        if self.world > 1:
+            dist.broadcast_object_list(fault)
+        if fault[0] is not None:
+            raise AquarlError(fault[0])
+
+
+def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
+    """Run this on `cluster.learners` workers until all have returned.
+
+    Raises:
+        AquarlError: What the work itself raised, or that the group could not be kept up.
+    """
+    cluster = config.cluster
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    resources = {"CPU": cluster.learner_cpus}
+    if cluster.learner_gpus:
+        resources["GPU"] = cluster.learner_gpus
+    trainer = TorchTrainer(
+        _Loop(work),
+        train_loop_config={"config": config.model_dump(mode="json")},
+        torch_config=TorchConfig(backend="nccl" if cluster.learner_gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.learners,
+            use_gpu=cluster.learner_gpus > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=f"aquarl-{time.time_ns()}",  # resuming is ours: never reuse Train's own state
+            storage_path=_train_storage(config),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures,
+                controller_failure_limit=cluster.max_failures,  # for ever, by default
+            ),
+        ),
+    )
+    try:
+        returned = trainer.fit().return_value
+    except ControllerError as error:
+        raise ClusterError(
+            f"The learner group could not start: {cluster.learners} workers, each with "
+            f"{cluster.learner_cpus:g} CPUs and {cluster.learner_gpus:g} GPUs, did not all find "
+            f"their place within {cluster.start_timeout_s:g} s, tried {cluster.max_failures + 1} "
+            "times. Lower cluster.learners, cluster.learner_cpus or cluster.learner_gpus, add "
+            "nodes, or raise cluster.start_timeout_s."
+        ) from error
+    except Exception as error:
+        raise ClusterError(
+            f"The learner group failed {cluster.max_failures + 1} times and is given up: "
+            f"{_root(error)}. The last checkpoint is whole; start the same command again to "
+            "resume. If a worker ran out of memory, lower micro_rows or rl.micro_prompts."
+        ) from error
+    if fault := returned.get("fault"):
+        raise AquarlError(fault)
+
+
+class _Loop:
+    """What Ray Train runs on each worker. A user's mistake is returned, not retried."""
+
+    def __init__(self, work: Callable[[Config, Member], None]) -> None:
+        self.work = work
+
+    def __call__(self, settings: dict[str, Any]) -> dict[str, str]:
+        config = build_config(settings["config"])
+        context = get_context()
+        torch.set_num_threads(config.cluster.threads)
+        member = Member(
+            context.get_world_rank(),
+            context.get_world_size(),
+            context.get_local_rank(),
+            get_device(),
+        )
+        try:
+            self.work(config, member)
+        except AquarlError as error:
+            return {"fault": str(error)}
+        return {}
+
+
+def _train_storage(config: Config) -> str:
+    """Where Ray Train keeps its own notes: beside the run where that is a bucket."""
+    if "://" in config.run.dir:
+        return f"{config.run.dir}/ray_train"
+    return os.path.join(tempfile.gettempdir(), "aquarl_ray_train")
+
+
+def _root(error: BaseException) -> str:
+    """Return the last line of what a worker really died of."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    lines = [line for line in str(error).strip().split("\n") if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

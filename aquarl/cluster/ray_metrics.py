@@ -1,0 +1,49 @@
+"""The stream's numbers as Ray metrics: what Prometheus scrapes and the dashboards show.
+
+Exact sums are counters (Ray's histograms approximate theirs); means are their quotients.
+"""
+
+from __future__ import annotations
+
+from ray.util.metrics import Counter, Gauge
+
+from aquarl.records import RolloutGroup
+
+
+class StreamMetrics:
+    """Held by the stream actor, one set a run."""
+
+    def __init__(self, run: str) -> None:
+        tags = {"run": run}
+
+        def gauge(name: str, about: str) -> Gauge:
+            metric = Gauge(f"aquarl_{name}", about, ("run",))
+            metric.set_default_tags(tags)
+            return metric
+
+        def counter(name: str, about: str) -> Counter:
+            metric = Counter(f"aquarl_{name}", about, ("run",))
+            metric.set_default_tags(tags)
+            return metric
+
+        self._depth = gauge("stream_depth_groups", "Groups that are in and not yet trained.")
+        self._workers = gauge("rollout_workers", "Rollout workers that are alive.")
+        self._version = gauge("weights_version", "Newest published weights.")
+        self._staleness = gauge("staleness", "Versions behind, of the newest group.")
+        self._groups = counter("groups_total", "Groups accepted.")
+        self._rollouts = counter("rollouts_total", "Rollouts accepted.")
+        self._tokens = counter("sampled_tokens_total", "Tokens of accepted rollouts.")
+        self._reward = counter("reward_total", "Sum of rewards of accepted rollouts.")
+
+    def accepted(self, group: RolloutGroup, newest_version: int) -> None:
+        self._groups.inc()
+        self._rollouts.inc(len(group.rollouts))
+        self._tokens.inc(sum(len(rollout.ids) for rollout in group.rollouts))
+        if reward := sum(rollout.reward for rollout in group.rollouts):
+            self._reward.inc(reward)  # Ray refuses to add 0
+        self._staleness.set(newest_version - group.weights_version)
+
+    def state(self, *, depth: int, workers: int, version: int) -> None:
+        self._depth.set(depth)
+        self._workers.set(workers)
+        self._version.set(version)

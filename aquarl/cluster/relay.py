@@ -1,0 +1,89 @@
+"""What a learner on some machine says, to the person and the files at the driver.
+
+A learner calls and goes on; the driver takes what has come, a few times a second, in a thread of
+its own: numbers go to the sinks, and the line of a finished stage is printed after its numbers.
+If the relay is gone the run goes on without it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from rich.console import Console
+
+from aquarl.cluster.rollout_pool import unused
+from aquarl.observe.metrics import Sinks
+from aquarl.records import Metrics
+
+POLL_S = 0.25
+
+Said = tuple[str, int, Metrics | str]
+"""Stage, step, and its numbers; or, when the stage is finished, the line to show."""
+
+
+class MetricsRelay:
+    """A mailbox: what has been put in since it was last emptied."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Said] = []
+
+    def __repr__(self) -> str:
+        return "MetricsRelay"
+
+    def put(self, stage: str, step: int, said: Metrics | str) -> None:
+        self._waiting.append((stage, step, said))
+
+    def take(self) -> list[Said]:
+        taken, self._waiting = self._waiting, []
+        return taken
+
+
+def say_finished(relay: ActorHandle, stage: str, step: int, line: str) -> None:
+    """Let the driver show that a stage is finished, surely before this process may end."""
+    try:
+        ray.get(relay.put.remote(stage, step, line), timeout=30)
+    except RayError:
+        return
+
+
+@contextmanager
+def relay_to(sinks: Sinks) -> Iterator[ActorHandle]:
+    """Hire a relay and pass on what comes, until the block is left; then what is left in it."""
+    relay: Any = ray.remote(num_cpus=0)(MetricsRelay).options(name=unused("metrics-relay")).remote()
+    is_over = threading.Event()
+    starting = Console().status(
+        "starting workers", refresh_per_second=4
+    )  # shows itself on terminals only
+
+    def pass_on() -> None:
+        is_last = False
+        while not is_last:
+            is_last = is_over.wait(POLL_S)
+            try:
+                taken = ray.get(relay.take.remote(), timeout=30)
+            except RayError:
+                return
+            for stage, step, said in taken:
+                starting.stop()
+                if isinstance(said, str):
+                    sinks.close()  # each opens again for the next stage
+                    print(said, flush=True)
+                else:
+                    sinks.log(stage, step, said)
+
+    thread = threading.Thread(target=pass_on, name="metrics-relay", daemon=True)
+    starting.start()
+    thread.start()
+    try:
+        yield relay
+    finally:
+        is_over.set()
+        thread.join(timeout=35)
+        starting.stop()
+        ray.kill(relay)

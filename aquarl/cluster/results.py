@@ -1,0 +1,183 @@
+"""What a run directory says of its stages: `results/<stage>.json`, by which a stage stands.
+
+A learner's first rank writes one when its stage is finished; `launch.run_stages` skips stages that
+stand, `evaluate.report` shows them. `wall_s` runs from the end of the stage before, or from the
+start of the command, to the end of this one: starting workers, preparing data, and whatever had
+to be done twice are in it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+
+from aquarl.config import Config, to_toml
+from aquarl.errors import CheckpointError, ConfigError, StorageError
+from aquarl.records import Metrics
+
+if TYPE_CHECKING:
+    from aquarl.model.gpt import GPT
+
+SUPERVISED = ("base", "mid", "sft")
+STAGES = ("tokenizer", *SUPERVISED, "rl")
+COMES_FROM = {"base": "tokenizer", "mid": "base", "sft": "mid", "rl": "sft"}
+DEPENDS_ON = {
+    "tokenizer": ("run", "data", "tokenizer"),
+    "base": ("model", "base"),
+    "mid": ("mid",),
+    "sft": ("sft",),
+    "rl": ("rl",),
+}
+"""Sections that decide a stage's result, beside those of the stages before it."""
+WITHOUT_EFFECT = {
+    "dir", "rollout_workers", "save_every", "eval_every", "transcripts_per_step",
+    "wait_timeout_s", "lease_timeout_s", "worker_restarts",
+}  # fmt: skip
+"""Keys that may change between runs without making another policy."""
+HEADLINES = ("vocabulary", "loss/validation", "loss/bits_per_byte", "validation/accuracy")
+
+
+def tokenizer_folder(config: Config) -> str:
+    return f"{config.run.dir}/tokenizer"
+
+
+def stands(config: Config, stage: str) -> bool:
+    """Return whether a stage was finished in this run directory with these settings.
+
+    Raises:
+        ConfigError: It was finished with others, or its record is damaged.
+    """
+    path = f"{config.run.dir}/results/{stage}.json"
+    recorded = _get_json(path)
+    if recorded is None:
+        return False
+    for section, keys in settings_of(config, stage).items():
+        for key, value in keys.items():
+            before = recorded["settings"].get(section, {}).get(key, value)
+            if before != value:
+                raise ConfigError(
+                    f"{config.run.dir} holds a finished {stage} stage with {section}.{key}="
+                    f"{json.dumps(before)}, not {json.dumps(value)}. Choose another run.dir, or "
+                    f"delete {path} and {config.run.dir}/checkpoints/{stage} to make that stage "
+                    "again."
+                )
+    return True
+
+
+def require_predecessor(config: Config, stage: str) -> None:
+    """Raise ConfigError if what a stage starts from does not stand."""
+    before = COMES_FROM.get(stage)
+    if before and not stands(config, before):
+        raise ConfigError(
+            f"{stage} starts from the result of {before}, which {config.run.dir} does not hold. "
+            f"Run `aquarl {before}` with the same settings first, or `aquarl pipeline` for all."
+        )
+
+
+def settings_of(config: Config, stage: str) -> dict[str, dict[str, Any]]:
+    """Return the settings that decide a stage's result, those of the stages before it included."""
+    everything = config.model_dump(mode="json")
+    sections: list[str] = []
+    for name in STAGES[: STAGES.index(stage) + 1]:
+        sections += DEPENDS_ON[name]
+    return {
+        section: {k: v for k, v in everything[section].items() if k not in WITHOUT_EFFECT}
+        for section in sections
+    }
+
+
+def record(config: Config, stage: str, since: float, metrics: Metrics, **facts: Any) -> str:
+    """Write that a stage is finished, and return the line to show.
+
+    Args:
+        since: Unix seconds at which the stage began.
+        metrics: The last value of each.
+        facts: What else the report shows of it: steps, tokens, learners.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    finished = time.time()
+    summary = {
+        "stage": stage,
+        "started": since,
+        "finished": finished,
+        "wall_s": finished - since,
+        "metrics": metrics,
+        "settings": settings_of(config, stage),
+        **facts,
+    }
+    put_json(f"{config.run.dir}/results/{stage}.json", summary)
+    numbers = "  ".join(f"{name} {metrics[name]:.4g}" for name in HEADLINES if name in metrics)
+    return f"{stage:>9}  done in {summary['wall_s']:5.1f} s  {numbers}"
+
+
+def finished_at(config: Config, stage: str) -> float:
+    """Return when a stage that stands was finished (Unix seconds)."""
+    return float(_get_json(f"{config.run.dir}/results/{stage}.json")["finished"])
+
+
+def finished_policy(run_dir: str, stage: str, tokenizer_fingerprint: str) -> GPT:
+    """Return the policy that a stage ended with: never an earlier one in its place.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged or of another vocabulary.
+    """
+    from aquarl.model.checkpoint import checkpoint_folder, finished_model, load_model
+
+    recorded = _get_json(f"{run_dir}/results/{stage}.json")
+    if recorded is None:  # an imported checkpoint, or a stage that is under way
+        return finished_model(run_dir, stage, tokenizer_fingerprint)
+    folder = checkpoint_folder(run_dir, stage, recorded["steps"])
+    try:
+        return load_model(folder, tokenizer_fingerprint)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"The {stage} stage in {run_dir} is finished, but what it ended with cannot be used. "
+            f"{error} To make it again from there, delete {run_dir}/results/{stage}.json too and "
+            f"run `aquarl {stage}`."
+        ) from error
+
+
+def write_config(config: Config) -> None:
+    """Keep the settings in the run directory. Raises: StorageError."""
+    _put(f"{config.run.dir}/config.toml", to_toml(config).encode())
+
+
+def put_json(path: str, value: Any) -> None:
+    """Write a file whole or not at all. Raises: StorageError; what stood there stands."""
+    _put(path, json.dumps(value, indent=1).encode())
+
+
+def _put(path: str, body: bytes) -> None:
+    try:
+        fs, where = fsspec.url_to_fs(path)
+        fs.makedirs(where.rsplit("/", 1)[0], exist_ok=True)
+        if "file" not in fs.protocol:
+            fs.pipe_file(where, body)
+            return
+        aside = Path(f"{where}.writing")
+        aside.write_bytes(body)
+        aside.replace(where)
+    except Exception as error:
+        raise StorageError(
+            f"Could not write {path}: {getattr(error, 'strerror', None) or error}. "
+            "Free some space or choose another run.dir, then start the same command again."
+        ) from error
+
+
+def _get_json(path: str) -> Any:
+    fs, where = fsspec.url_to_fs(path)
+    try:
+        return json.loads(fs.cat_file(where))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}), so it cannot be told whether that stage is finished. "
+            "Delete that file and start the same command again; checkpoints are used as they are."
+        ) from error

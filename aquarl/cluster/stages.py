@@ -1,0 +1,295 @@
+"""What runs on each learner: the supervised stages one after the other, or RL.
+
+Each finds its newest whole checkpoint and goes on from there, so starting, resuming and being
+restarted by Ray Train are the same code. The first rank alone writes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch.distributed as dist
+
+from aquarl.cluster.errors import plain_errors
+from aquarl.cluster.learner_group import Member
+from aquarl.cluster.relay import say_finished
+from aquarl.cluster.results import (
+    COMES_FROM,
+    finished_at,
+    finished_policy,
+    record,
+    stands,
+    tokenizer_folder,
+)
+from aquarl.config import Config
+from aquarl.data.batches import RowSource
+from aquarl.data.tokenizer import Tokenizer
+from aquarl.model.checkpoint import (
+    checkpoint_folder,
+    latest_checkpoint,
+    load_model,
+    load_training,
+    read_meta,
+    save_checkpoint,
+    stage_folder,
+)
+from aquarl.model.gpt import GPT, Shape
+from aquarl.observe.ledger import Ledger
+from aquarl.observe.transcripts import write_transcripts
+from aquarl.records import Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
+from aquarl.rl.learner import Learner
+from aquarl.rl.loop import train_policy
+from aquarl.tasks.base import to_prompt
+from aquarl.tasks.catalog import load_problems
+from aquarl.train import base, mid, sft
+from aquarl.train.loop import SupervisedTrainer, train_stage
+
+
+@dataclass(frozen=True)
+class Post:
+    """A learner's place in a run: settings, group, and the ways to the driver and the stream."""
+
+    config: Config
+    member: Member
+    relay: Any
+    stream: Any = None
+    """The stream actor, where the RL stage is to run."""
+
+    def log(self, stage: str, step: int, metrics: Metrics) -> None:
+        if self.member.rank == 0:
+            self.relay.put.remote(stage, step, metrics)
+
+    def finish(self, stage: str, since: float, metrics: Metrics, **facts: Any) -> None:
+        """Write the stage's result, and go on when it is written. Raises: AquarlError."""
+
+        def write() -> None:
+            line = record(self.config, stage, since, metrics, learners=self.member.world, **facts)
+            say_finished(self.relay, stage, facts["steps"], line)
+
+        self.member.together(write)
+
+
+def learner_stages(post: Post, stages: tuple[str, ...], since: float) -> None:
+    """Run these stages in turn. One that stands was finished before this group was restarted.
+
+    Args:
+        since: Unix seconds at which the first of them began.
+    """
+    tokenizer = Tokenizer.load(tokenizer_folder(post.config))
+    for stage, following in zip(stages, (*stages[1:], ""), strict=True):
+        if not stands(post.config, stage):
+            if stage == "rl":
+                _rl_stage(post, tokenizer, since)
+            else:
+                _supervised_stage(post, stage, tokenizer, since, then_rl=following == "rl")
+        since = finished_at(post.config, stage)
+
+
+def _supervised_stage(
+    post: Post, stage: str, tokenizer: Tokenizer, since: float, *, then_rl: bool
+) -> None:
+    config, member = post.config, post.member
+    if stage == "base":
+        model = GPT(Shape.of(config.model, tokenizer.vocab_size)).init_weights(config.run.seed)
+    else:
+        model = finished_policy(config.run.dir, COMES_FROM[stage], tokenizer.fingerprint)
+    if then_rl and member.rank == 0:
+        post.stream.begin.remote(model.shape)  # the rollout workers start while this stage trains
+    train, validation = _rows(post, stage, tokenizer)
+    trainer = SupervisedTrainer(
+        model.to(member.device),
+        getattr(config, stage),
+        train,
+        validation,
+        tokenizer,
+        member.parallel,
+        member.rank,
+        member.world,
+    )
+    if newest := latest_checkpoint(stage_folder(config.run.dir, stage)):
+        _load_into(model, newest, tokenizer)
+        trainer.load_state(load_training(newest))
+    last: Metrics = {}
+
+    def log(step: int, metrics: Metrics) -> None:
+        last.update(metrics)
+        post.log(stage, step, metrics)
+
+    def save(trainer: SupervisedTrainer) -> None:
+        folder = checkpoint_folder(config.run.dir, stage, trainer.step)
+        member.together(
+            lambda: save_checkpoint(
+                folder,
+                model,
+                stage=stage,
+                step=trainer.step,
+                tokenizer_fingerprint=tokenizer.fingerprint,
+                training=trainer.state(),
+            )
+        )
+
+    train_stage(trainer, log=log, save=save)
+    positions = trainer.rows_in_step * train.context * trainer.config.steps
+    post.finish(stage, since, last, steps=trainer.step, tokens=positions)
+
+
+def _load_into(model: GPT, folder: str, tokenizer: Tokenizer) -> None:
+    model.load_state_dict(load_model(folder, tokenizer.fingerprint).state_dict())
+
+
+def _rows(post: Post, stage: str, tokenizer: Tokenizer) -> tuple[RowSource, RowSource]:
+    config = post.config
+    if stage == "base":
+        folder = token_folder(config)
+        post.member.once_a_machine(lambda: base.encode_corpus(config, tokenizer, folder))
+        return base.rows(config, tokenizer, folder)
+    if stage == "mid":
+        return mid.rows(config, tokenizer)
+    return sft.rows(config, tokenizer, load_problems(config.data, config.run.seed))
+
+
+def token_folder(config: Config) -> Path:
+    """Return where this machine keeps encoded text: in the run directory where that is local."""
+    if "://" not in config.run.dir:
+        return Path(config.run.dir) / "tokens"
+    name = config.run.dir.replace("://", "_").replace("/", "_")
+    return Path(tempfile.gettempdir()) / "aquarl_tokens" / name
+
+
+def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
+    """Tune the policy on the stream's groups."""
+    config, member = post.config, post.member
+    model = finished_policy(config.run.dir, "sft", tokenizer.fingerprint).to(member.device)
+    reference = None
+    if config.rl.kl_weight:
+        reference = finished_policy(config.run.dir, "sft", tokenizer.fingerprint).to(member.device)
+        reference.requires_grad_(False)
+    learner = Learner(
+        model,
+        config.rl,
+        reference=reference,
+        parallel=member.parallel,
+        rank=member.rank,
+        world=member.world,
+    )
+    frontier = trained_tokens = 0
+    if newest := latest_checkpoint(stage_folder(config.run.dir, "rl")):
+        _load_into(model, newest, tokenizer)
+        learner.load_state(load_training(newest))
+        facts = read_meta(newest)["facts"]
+        frontier, trained_tokens = int(facts["frontier"]), int(facts["trained_tokens"])
+
+    stream = RayStream(config, post.stream)
+    ledger = Ledger(config.run.dir, learner.step)
+    if member.rank == 0:
+        stream.begin(model.shape)
+        stream.rewind(learner.step, frontier)
+    if member.world > 1:
+        dist.barrier()  # no rank may ask for a step of before the rewind
+    last: Metrics = {}
+
+    def log(step: int, metrics: Metrics) -> None:
+        nonlocal trained_tokens
+        last.update(metrics)
+        trained_tokens += int(metrics.get("tokens/trained", 0))
+        post.log("rl", step, metrics)
+        if member.rank == 0 and "loss/policy" in metrics:
+            ledger.add(step, stream.groups_of_step)
+            write_transcripts(
+                config.run.dir,
+                step,
+                stream.groups_of_step,
+                tokenizer,
+                config.rl.transcripts_per_step,
+            )
+
+    def save(learner: Learner, frontier: int) -> None:
+        def write() -> None:
+            ledger.write()  # first: lines that lead the checkpoint are taken back on resuming
+            save_checkpoint(
+                checkpoint_folder(config.run.dir, "rl", learner.step),
+                model,
+                stage="rl",
+                step=learner.step,
+                tokenizer_fingerprint=tokenizer.fingerprint,
+                training=learner.state(),
+                facts={"frontier": frontier, "trained_tokens": trained_tokens},
+            )
+
+        member.together(write)
+
+    train_policy(
+        config.rl,
+        stream,
+        learner,
+        validation=_validation_prompts(config, tokenizer),
+        log=log,
+        save=save,
+    )
+    seen = stream.status()
+    post.finish(
+        "rl",
+        since,
+        last,
+        steps=learner.step,
+        tokens=trained_tokens,
+        refused=seen["refused"],
+        stream=seen["counts"] | {"workers_replaced": seen["replaced"]},
+    )
+
+
+def _validation_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
+    problems = load_problems(config.data, config.run.seed).validation
+    return [to_prompt(problem, tokenizer) for problem in problems[: config.rl.eval_problems]]
+
+
+class RayStream:
+    """A `LearnerStream`: the stream actor as a learner rank sees it.
+
+    If the actor dies its error goes up as it is: Ray Train restarts the group, Ray the actor, and
+    both go on from the last checkpoint.
+    """
+
+    def __init__(self, config: Config, actor: Any) -> None:
+        self._actor = actor
+        self._timeout_s = config.rl.wait_timeout_s + 60  # the stream itself gives up earlier
+        self.groups_of_step: list[RolloutGroup] = []
+        """On rank 0: all groups of the step that was asked for last."""
+
+    def _call(self, method: Callable[..., Any], *args: Any) -> Any:
+        with plain_errors(dead_is_a_mistake=False):
+            return ray.get(method.remote(*args), timeout=self._timeout_s)  # type: ignore[attr-defined]
+
+    def begin(self, shape: Shape) -> None:
+        self._call(self._actor.begin, shape)
+
+    def publish(self, weights: Weights) -> None:
+        self._call(self._actor.publish, weights)
+
+    def rewind(self, step: int, position: int) -> None:
+        self._call(self._actor.rewind, step, position)
+
+    def next_step(self, step: int, rank: int, world: int) -> StepShare:
+        share: StepShare = self._call(self._actor.next_step, step, rank, world)
+        if rank == 0:  # now, for no rank can ask for the next step, which forgets this one
+            self.groups_of_step = self._call(self._actor.step_groups, step)
+        return share
+
+    def evaluate(
+        self, name: str, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[RolloutGroup]:
+        groups: list[RolloutGroup] = self._call(self._actor.evaluate, name, prompts, sampling)
+        return groups
+
+    def frontier(self, step: int) -> int:
+        position: int = self._call(self._actor.frontier, step)
+        return position
+
+    def status(self) -> dict[str, Any]:
+        seen: dict[str, Any] = self._call(self._actor.status)
+        return seen

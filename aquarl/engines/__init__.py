@@ -1,0 +1,1 @@
+"""Samplers: a policy and prompts in, rollouts out."""

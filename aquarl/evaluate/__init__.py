@@ -1,0 +1,1 @@
+"""Numbers with intervals and baselines, and the page that shows them."""

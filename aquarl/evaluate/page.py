@@ -1,0 +1,169 @@
+"""What is known of a run in, the Markdown page about it out; for `report.py`, which gathers it.
+
+Written for someone who did not run it: each table is followed by what its columns mean.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """Return the page. It says what was run, what came out, and how far that can be trusted."""
+    parts = [f"# {facts['run']}", _summary(facts), _stage_table(facts["stages"])]
+    parts.append(evaluation_part(facts["evaluation"]))
+    parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in facts["plots"]]
+    parts += [_transcript_part(facts["transcript"]), _environment_part(facts["environment"])]
+    if facts["config"]:
+        parts.append(
+            "## Settings\n\n<details><summary>config.toml</summary>\n\n"
+            f"```toml\n{facts['config'].strip()}\n```\n\n</details>"
+        )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    stages = facts["evaluation"].get("stages", {})
+    done = ", ".join(facts["stages"]) or "none"
+    lines = [f"Stages: {done}. Report made {facts['made']}."]
+    for stage, result in stages.items():
+        greedy = result["greedy"]
+        baseline = greedy["majority_baseline"]
+        against = (
+            "above" if greedy["low"] > baseline
+            else "below" if greedy["high"] < baseline
+            else "not distinguishable from"
+        )  # fmt: skip
+        lines.append(
+            f"**{stage}** solves {_interval(greedy)} of {greedy['n']} "
+            f"{facts['evaluation'].get('split', '')} problems, {against} the "
+            f"{_percent(baseline)} of always naming the commonest letter."
+        )
+    return "\n\n".join(lines)
+
+
+def _stage_table(stages: dict[str, Any]) -> str:
+    has_cost = any(facts["cost"] for facts in stages.values())
+    head = ["stage", "steps", "tokens", "time", "learners", *(["cost"] if has_cost else []), "last"]
+    rows = []
+    for stage, facts in stages.items():
+        last = ", ".join(f"{name} {value:.4g}" for name, value in facts["final"].items())
+        steps = _count(facts["steps"]) + ("" if facts["is_finished"] else " so far")
+        row = [stage, steps, _count(facts["tokens"]), _time(facts["wall_s"])]
+        row += [_count(facts["learners"]), *([_number(facts["cost"])] if has_cost else []), last]
+        rows.append(row)
+    text = f"## Stages\n\n{_table(head, rows)}" if rows else ""
+    for stage, facts in stages.items():
+        if facts["refused"]:
+            reasons = ", ".join(f"{why}: {n}" for why, n in facts["refused"].items())
+            text += f"\n\nRows left out of {stage}: {reasons}."
+    return text
+
+
+def evaluation_part(evaluation: dict[str, Any]) -> str:
+    """Return what is said about `results/evaluate.json`: accuracies, answers, comparisons."""
+    stages = evaluation.get("stages", {})
+    if not stages:
+        return ""
+    ks = sorted(
+        {int(k) for r in stages.values() for k in r.get("sampled", {}).get("pass_at_k", {})}
+    )
+    head = ["stage", "n", "greedy", "baseline", "sampled, pass@1"]
+    head += [*(f"pass@{k}" for k in ks if k > 1), "letter logit"]
+    how = ["stage", "committed", "cut", "tokens", "letters", "shifted options", "same content"]
+    rows, how_rows = [], []
+    for stage, result in stages.items():
+        greedy, sampled = result["greedy"], result.get("sampled", {})
+        logit, moved = result.get("letter_logit", {}), result.get("permutation", {})
+        pass_at_k = sampled.get("pass_at_k", {})
+        rows.append([stage, str(greedy["n"]), _interval(greedy)])
+        rows[-1] += [_percent(greedy["majority_baseline"]), _interval(sampled)]
+        rows[-1] += [_percent(pass_at_k.get(str(k))) for k in ks if k > 1] + [_interval(logit)]
+        letters = " ".join(f"{letter}:{count}" for letter, count in greedy["letters"].items())
+        how_rows.append([stage, _percent(greedy["committed_fraction"])])
+        how_rows[-1] += [_percent(greedy["cut_fraction"]), _number(greedy.get("mean_tokens"))]
+        how_rows[-1] += [letters, _percent(moved.get("accuracy"))]
+        how_rows[-1] += [_percent(moved.get("content_consistency"))]
+    parts = [
+        f"## Accuracy ({evaluation.get('split', '')} split)\n\n{_table(head, rows)}",
+        "In brackets: the 95 % interval. *Baseline*: always naming the letter that is right most "
+        "often. *Greedy* reads the likeliest answer; *sampled* the mean of several; *pass@k* is "
+        "the chance that one of k is right (guessing among 5: pass@4 59 %, pass@8 83 %). *Letter "
+        "logit* lets the model write nothing and takes its likeliest letter: another question, "
+        "not comparable with the rest.",
+        f"### How it answers (greedy)\n\n{_table(how, how_rows)}",
+        "*Committed*: has an `Answer: X` line. *Cut*: ended by the length limit. *Shifted "
+        "options*: accuracy over all rotations of the options; far below greedy means the model "
+        "likes a letter. *Same content*: how often two rotations lead to the same option (always "
+        "one letter: 0 %, chance: 20 %).",
+    ]
+    parts += [_comparison_line(test) for test in evaluation.get("comparisons", [])]
+    return "\n\n".join(parts)
+
+
+def _comparison_line(test: dict[str, Any]) -> str:
+    verdict = (
+        "that is unlikely to be chance" if test["p_value"] < 0.05 else "that could well be chance"
+    )
+    return (
+        f"**{test['b']} against {test['a']}**, on the same {test['n']} problems: "
+        f"{100 * test['difference']:+.1f} points; {test['b_only']} solved by {test['b']} alone, "
+        f"{test['a_only']} by {test['a']} alone. McNemar's exact p = {test['p_value']:.2g}: "
+        f"{verdict}."
+    )
+
+
+def _transcript_part(row: dict[str, Any]) -> str:
+    if not row:
+        return ""
+    said = f"{row.get('prompt', '')}{row.get('answer', '')}"[:2000].replace("\n", "\n    ")
+    return (
+        f"## An answer from RL (step {row.get('step')}, reward {row.get('reward')}, "
+        f"right: {row.get('right_letter')})\n\n    {said}"
+    )
+
+
+def _environment_part(facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        f"- {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB",
+        f"- GPUs: {', '.join(facts['gpus']) or 'none'}",
+        f"- {versions}",
+    ]
+    if facts["git_commit"]:
+        lines.append(f"- git {facts['git_commit']}")
+    return "## Where this report was made\n\n" + "\n".join(lines)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _interval(measured: dict[str, Any]) -> str:
+    if not measured:
+        return "-"
+    low, high = 100 * measured["low"], 100 * measured["high"]
+    return f"{_percent(measured['accuracy'])} [{low:.1f}, {high:.1f}]"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.2f}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 120 else f"{minutes} min"

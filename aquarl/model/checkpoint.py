@@ -1,0 +1,247 @@
+"""All-or-nothing save and load of a policy and of everything that resuming needs.
+
+A folder holds `weights.safetensors`, with training also `training.pt` (optimizer, RNG, data
+position), and last `meta.json`, which lists size and CRC-32 of the others: a folder without a
+`meta.json` that fits is not a checkpoint. It is written aside, read back, and then moved into
+place, so a full disk or a killed process leaves what stood there before as it was.
+
+Works on any fsspec path; on a bucket, where nothing can be moved, `meta.json` is the commit.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import re
+import zlib
+from typing import Any
+
+import fsspec
+import torch
+from fsspec import AbstractFileSystem
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from aquarl.errors import CheckpointError, StorageError
+from aquarl.model.gpt import GPT, Shape
+
+
+def save_checkpoint(
+    folder: str,
+    model: GPT,
+    *,
+    stage: str,
+    step: int,
+    tokenizer_fingerprint: str,
+    training: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint, or change nothing.
+
+    Args:
+        folder: Where it shall stand, for example `RUN/checkpoints/sft/step_000400`.
+        model: Its weights are written in fp32.
+        stage, step: What made it, and after how many steps.
+        tokenizer_fingerprint: `Tokenizer.fingerprint`; loading checks it.
+        training: Optimizer state, RNG and position: tensors and plain values only, so that it
+            loads without executing anything.
+        facts: JSON-able numbers to keep beside it.
+
+    Raises:
+        StorageError: The place is full, away or forbidden. What stood there stands.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in named(model).items()}
+    files = {"weights.safetensors": save_tensors(weights)}
+    if training is not None:
+        buffer = io.BytesIO()
+        torch.save(training, buffer)
+        files["training.pt"] = buffer.getvalue()
+    meta = {
+        "stage": stage,
+        "step": step,
+        "shape": model.shape.as_dict(),
+        "tokenizer": tokenizer_fingerprint,
+        "facts": facts or {},
+        "files": {
+            name: {"size": len(body), "crc32": zlib.crc32(body)} for name, body in files.items()
+        },
+    }
+    meta["crc32"] = _sum_of(meta)
+    files["meta.json"] = json.dumps(meta, indent=1).encode()  # last: it is what counts
+    write_together(folder, files)
+
+
+def _sum_of(meta: dict[str, Any]) -> int:
+    """Return the CRC-32 of everything in a meta.json but itself."""
+    rest = json.loads(json.dumps({key: meta[key] for key in meta if key != "crc32"}))
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def write_together(folder: str, files: dict[str, bytes]) -> None:
+    """Write all these files of a folder in order, or leave the folder as it was.
+
+    Raises:
+        StorageError: The place is full, away or forbidden.
+    """
+    fs, path = fsspec.url_to_fs(folder)
+    is_local = "file" in fs.protocol
+    target = f"{path}.writing" if is_local else path
+    try:
+        if fs.exists(target):
+            fs.rm(target, recursive=True)
+        fs.makedirs(target, exist_ok=True)
+        for name, body in files.items():
+            fs.pipe_file(f"{target}/{name}", body)
+            if fs.info(f"{target}/{name}")["size"] != len(body):
+                raise OSError(errno.EIO, "fewer bytes arrived than were sent")
+        if is_local:
+            if fs.exists(path):
+                fs.rm(path, recursive=True)
+            fs.mv(target, path, recursive=True)
+    except Exception as error:
+        _forget(fs, target)
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise StorageError(
+            f"Could not save to {folder}: {why}. Earlier checkpoints are as they were. "
+            "Free some space or choose another run.dir, then start the same command again."
+        ) from error
+
+
+def _forget(fs: AbstractFileSystem, path: str) -> None:
+    try:
+        fs.rm(path, recursive=True)
+    except Exception:  # the place may be gone altogether; the next save cleans up
+        return
+
+
+def named(model: GPT) -> dict[str, torch.Tensor]:
+    """Return the parameters by name, in the order in which they are sent and saved."""
+    return dict(model.state_dict())
+
+
+def read_meta(folder: str) -> dict[str, Any]:
+    """Return `meta.json` of a checkpoint whose files are all there and whole.
+
+    Raises:
+        CheckpointError: It is missing, or a file is missing, short or altered.
+    """
+    meta, _ = _read(folder, ())
+    return meta
+
+
+def load_model(folder: str, tokenizer_fingerprint: str | None = None) -> GPT:
+    """Return the policy of a checkpoint, on the CPU, in fp32.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or belongs to another vocabulary.
+    """
+    meta, files = _read(folder, ("weights.safetensors",))
+    if tokenizer_fingerprint not in (None, meta["tokenizer"]):
+        raise CheckpointError(
+            f"{folder} was trained with another vocabulary (fingerprint {meta['tokenizer']}, "
+            f"here {tokenizer_fingerprint}), so its token ids mean other text. Use the run "
+            "directory that it came from, or train again from `aquarl base`."
+        )
+    try:
+        model = GPT(Shape(**meta["shape"]))
+        model.load_state_dict(load_tensors(files["weights.safetensors"]))
+    except (TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The weights in {folder} do not have the shape its meta.json names ({error}). "
+            "Delete that folder; the run resumes from the checkpoint before it."
+        ) from error
+    return model
+
+
+def load_training(folder: str) -> dict[str, Any]:
+    """Return what `save_checkpoint` was given as `training`.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or was saved without.
+    """
+    meta, files = _read(folder, ("training.pt",))
+    if "training.pt" not in meta["files"]:
+        raise CheckpointError(
+            f"{folder} holds a policy but not the state to go on training it. "
+            "Start its stage anew, or from an earlier checkpoint."
+        )
+    loaded: dict[str, Any] = torch.load(io.BytesIO(files["training.pt"]), weights_only=True)
+    return loaded
+
+
+def _read(folder: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return meta and the named files, after checking every file of the checkpoint."""
+    fs, path = fsspec.url_to_fs(folder)
+    again = "Delete that folder; the run resumes from the checkpoint before it."
+    try:
+        meta = json.loads(fs.cat_file(f"{path}/meta.json"))
+        listed = meta["files"]
+        if meta["crc32"] != _sum_of(meta):
+            raise ValueError("its checksum differs")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no checkpoint in {folder}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"The meta.json in {folder} is damaged ({error}). {again}") from error
+    bodies = {}
+    for name, expected in listed.items():
+        try:
+            body = fs.cat_file(f"{path}/{name}")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{name} is missing from {folder}. {again}") from error
+        if len(body) != expected["size"] or zlib.crc32(body) != expected["crc32"]:
+            raise CheckpointError(
+                f"{name} in {folder} is not what was saved: {len(body)} bytes of "
+                f"{expected['size']}, or altered ones. {again}"
+            )
+        if name in names:
+            bodies[name] = body
+    return meta, bodies
+
+
+def checkpoints(stage_dir: str) -> list[str]:
+    """Return the folders `step_NNNNNN` of a stage, oldest first, checked or not."""
+    fs, path = fsspec.url_to_fs(stage_dir)
+    if not fs.isdir(path):
+        return []
+    fs.invalidate_cache(path)
+    names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+    return [f"{stage_dir}/{name}" for name in sorted(names) if re.fullmatch(r"step_\d{6,}", name)]
+
+
+def latest_checkpoint(stage_dir: str) -> str | None:
+    """Return the newest whole checkpoint of a stage, or None if it has none.
+
+    One that is damaged is passed over: it was never finished, and the one before it is whole.
+    """
+    for folder in reversed(checkpoints(stage_dir)):
+        try:
+            read_meta(folder)
+        except CheckpointError:
+            continue
+        return folder
+    return None
+
+
+def finished_model(run_dir: str, stage: str, tokenizer_fingerprint: str) -> GPT:
+    """Return the policy of a run that this stage ended with.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged or of another vocabulary.
+    """
+    folder = latest_checkpoint(stage_folder(run_dir, stage))
+    if folder is None:
+        raise CheckpointError(
+            f"There is no whole checkpoint of the {stage} stage in {run_dir}. "
+            f"Run `aquarl {stage}` with the same settings first."
+        )
+    return load_model(folder, tokenizer_fingerprint)
+
+
+def stage_folder(run_dir: str, stage: str) -> str:
+    return f"{run_dir}/checkpoints/{stage}"
+
+
+def checkpoint_folder(run_dir: str, stage: str, step: int) -> str:
+    return f"{stage_folder(run_dir, stage)}/step_{step:06d}"

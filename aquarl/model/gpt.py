@@ -1,0 +1,202 @@
+"""Token ids in, logits out: nanochat's GPT of October 2025.
+
+Rotary positions that turn by -theta, query and key normalised after them, RMSNorm without
+parameters (also right after the embedding), squared ReLU, untied head, no biases, logits capped
+softly at 15, optionally fewer kv heads than query heads. Parameter names are nanochat's, so its
+checkpoints are ours.
+
+Dropped from there: the embedding is kept in fp32 (autocast rounds what enters the blocks), and the
+KV cache lives in `attention.py`.
+
+Source: github.com/karpathy/nanochat, nanochat/gpt.py, October 2025.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aquarl.config import ModelConfig
+from aquarl.model.attention import Attend, causal
+
+SOFT_CAP = 15.0
+ROPE_BASE = 10_000.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that fix every tensor of the model."""
+
+    vocab: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    context: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, vocab: int) -> Shape:
+        return cls(
+            vocab=vocab,
+            layers=config.depth,
+            width=config.resolved_width,
+            heads=config.resolved_heads,
+            kv_heads=config.resolved_kv_heads,
+            context=config.context,
+        )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last axis, without parameters."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotate(x_BHTK: Tensor, cos_BT: Tensor, sin_BT: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + K/2]) by -theta, the direction nanochat uses."""
+    x1, x2 = x_BHTK.chunk(2, dim=-1)
+    return torch.cat([x1 * cos_BT + x2 * sin_BT, x2 * cos_BT - x1 * sin_BT], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape, layer: int) -> None:
+        super().__init__()
+        self.layer, self.shape = layer, shape
+        kv_width = shape.kv_heads * shape.head_width
+        self.c_q = nn.Linear(shape.width, shape.width, bias=False)
+        self.c_k = nn.Linear(shape.width, kv_width, bias=False)
+        self.c_v = nn.Linear(shape.width, kv_width, bias=False)
+        self.c_proj = nn.Linear(shape.width, shape.width, bias=False)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        B, T, D = x_BTD.shape
+        K = self.shape.head_width
+        q = self.c_q(x_BTD).view(B, T, -1, K).transpose(1, 2)
+        k = self.c_k(x_BTD).view(B, T, -1, K).transpose(1, 2)
+        v = self.c_v(x_BTD).view(B, T, -1, K).transpose(1, 2)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        # Rotation in fp32 tables widens q and k under autocast; v tells the working precision.
+        y_BHTK = attend(self.layer, q.to(v.dtype), k.to(v.dtype), v)
+        return self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(shape.width, 4 * shape.width, bias=False)
+        self.c_proj = nn.Linear(4 * shape.width, shape.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x_BTD)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Shape, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(shape, layer)
+        self.mlp = MLP(shape)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x_BTD = x_BTD + self.attn(norm(x_BTD), cos, sin, attend)
+        return x_BTD + self.mlp(norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """The embedding and the blocks; a module of its own for the sake of nanochat's names."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(shape.vocab, shape.width)
+        self.h = nn.ModuleList(Block(shape, layer) for layer in range(shape.layers))
+
+
+class GPT(nn.Module):
+    """The policy. `forward` gives normalised hidden states; `logits` is the head on top of them.
+
+    The two are apart so that nobody computes logits of positions that nobody reads.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    """(10 * context, K / 2) fp32: of every position's angles."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.transformer = Transformer(shape)
+        self.lm_head = nn.Linear(shape.width, shape.vocab, bias=False)
+        # Ten contexts long, as in nanochat: generation may outgrow a training row.
+        cos, sin = rotary_tables(10 * shape.context, shape.head_width)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def init_weights(self, seed: int) -> GPT:
+        """Draw fresh weights as nanochat does, from this seed alone. Returns itself.
+
+        Matrices: normal, std = min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in)
+        (arXiv:2310.17813). Embedding: std 1. Output projections and head: zero.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                fan_out, fan_in = module.weight.shape
+                std = min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5
+                nn.init.normal_(module.weight, std=std, generator=generator)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, generator=generator)
+        nn.init.zeros_(self.lm_head.weight)
+        for name, weight in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.zeros_(weight)
+        return self
+
+    def forward(
+        self, ids_BT: Tensor, attend: Attend = causal, positions_BT: Tensor | None = None
+    ) -> Tensor:
+        """Return normalised hidden states (B, T, D) of these token ids.
+
+        Args:
+            ids_BT: (B, T) int64.
+            attend: One of `attention.py`'s four.
+            positions_BT: (B, T) int64 places in the sequence; 0..T-1 without it.
+        """
+        if positions_BT is None:
+            cos, sin = self.cos[: ids_BT.shape[1]], self.sin[: ids_BT.shape[1]]
+        else:
+            cos, sin = self.cos[positions_BT][:, None], self.sin[positions_BT][:, None]
+        x_BTD = norm(self.transformer.wte(ids_BT))
+        for block in self.transformer.h:
+            x_BTD = block(x_BTD, cos, sin, attend)
+        return norm(x_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return softly capped fp32 logits (..., V) of hidden states (..., D)."""
+        return SOFT_CAP * torch.tanh(self.lm_head(hidden).float() / SOFT_CAP)
+
+    def count(self) -> dict[str, int]:
+        """Return parameters in all and FLOPs per trained token (forward and backward).
+
+        6 FLOPs a matrix parameter, 12 * H * K * T a layer for attention over full rows
+        (arXiv:2204.02311 appendix B); the embedding is a look-up and costs none.
+        """
+        parameters = sum(p.numel() for p in self.parameters())
+        matrices = parameters - self.transformer.wte.weight.numel()
+        attention = 12 * self.shape.layers * self.shape.width * self.shape.context
+        return {"parameters": parameters, "flops_per_token": 6 * matrices + attention}
+
+
+def rotary_tables(length: int, head_width: int) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (length, K / 2) fp32, of position times frequency."""
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float32) / head_width
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), ROPE_BASE**-exponents)
+    return angles.cos(), angles.sin()

@@ -1,0 +1,49 @@
+"""Trained groups in, `ledger.jsonl` out: the proof that no problem was skipped or trained twice.
+
+One line a group, in the order of training. A learner that goes back to a checkpoint takes back
+the lines after it, so the file always tells of the policy that is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import fsspec
+
+from aquarl.records import RolloutGroup
+
+
+class Ledger:
+    """Held by the learner's first rank. Lines reach the file when the checkpoint does."""
+
+    def __init__(self, run_dir: str, step: int) -> None:
+        """Open the ledger of a run that stands at this step, taking back what came after it."""
+        self._fs, folder = fsspec.url_to_fs(run_dir)
+        self._path = f"{folder}/ledger.jsonl"
+        self._lines: list[str] = []
+        if self._fs.exists(self._path):
+            lines = self._fs.cat_file(self._path).decode().splitlines()
+            self._lines = [line for line in lines if json.loads(line)["step"] < step]
+
+    def add(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """Note the groups that were trained in a step."""
+        self._lines += [
+            json.dumps(
+                {
+                    "step": step,
+                    "lease": group.lease_id,
+                    "place": group.index,
+                    "problem": group.prompt.problem_id,
+                    "weights_version": group.weights_version,
+                    "worker": group.worker,
+                    "rewards": [rollout.reward for rollout in group.rollouts],
+                }
+            )
+            for group in groups
+        ]
+
+    def write(self) -> None:
+        """Make the file say all of it. Raises: OSError."""
+        self._fs.makedirs(self._path.rsplit("/", 1)[0], exist_ok=True)
+        self._fs.pipe_file(self._path, "".join(f"{line}\n" for line in self._lines).encode())

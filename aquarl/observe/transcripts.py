@@ -1,0 +1,72 @@
+"""Groups of rollouts in, a few of them as readable text out: `transcripts/step_NNNNNN.jsonl`.
+
+A reward curve cannot show what a policy has found out; its answers can. `rl.loop` writes a few
+every step; people read them, nothing else does.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import fsspec
+
+from aquarl.records import RolloutGroup
+
+
+class Decoder(Protocol):
+    """Of a tokenizer, what is needed to read ids."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def decode_answer(self, ids: Sequence[int]) -> str: ...
+
+
+def write_transcripts(
+    run_dir: str, step: int, groups: Sequence[RolloutGroup], tokenizer: Decoder, how_many: int
+) -> None:
+    """Write some rollouts of a step, the best of one group, the worst of the next, and so on.
+
+    Args:
+        groups: Of one step; those shown are spread evenly over them.
+        how_many: Rollouts to write; with 0 there is no file.
+
+    A place that cannot be written to is warned of, once; the run goes on.
+    """
+    rows = list(_rows(groups, tokenizer, how_many))
+    if not rows:
+        return
+    text = "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+    fs, folder = fsspec.url_to_fs(run_dir)
+    folder = f"{folder.rstrip('/')}/transcripts"
+    try:
+        fs.makedirs(folder, exist_ok=True)
+        fs.pipe_file(f"{folder}/step_{step:06d}.jsonl", text.encode())
+    except OSError as error:
+        warnings.warn(f"No transcripts in {folder}: {error.strerror or error}", stacklevel=2)
+
+
+def _rows(
+    groups: Sequence[RolloutGroup], tokenizer: Decoder, how_many: int
+) -> Iterator[dict[str, Any]]:
+    for i in range(min(how_many, len(groups))):
+        group = groups[i * len(groups) // min(how_many, len(groups))]
+        rewards = [rollout.reward for rollout in group.rollouts]
+        shown = rewards.index(max(rewards) if i % 2 == 0 else min(rewards))
+        rollout = group.rollouts[shown]
+        yield {
+            "problem": group.prompt.problem_id,
+            "prompt": tokenizer.decode(group.prompt.ids),
+            "answer": tokenizer.decode_answer(rollout.ids),
+            "letter": rollout.letter,
+            "right_letter": group.prompt.answer_letter,
+            "reward": rollout.reward,
+            "advantage": round(group.advantages[shown], 4),
+            "rewards_of_group": rewards,
+            "tokens": len(rollout.ids),
+            "stopped": rollout.stopped,
+            "weights_version": group.weights_version,
+            "worker": group.worker,
+        }

@@ -1,0 +1,212 @@
+"""The nouns: what crosses the border of a stage or of a process.
+
+All are frozen; a record is made once and then only read. Axes, used in names everywhere:
+P prompts, G rollouts per prompt, B rows, T positions, V vocabulary, D width, H heads, K head
+width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:  # a second to import: only for those who hold a `TrainBatch`
+    from torch import Tensor
+
+LETTERS = "ABCDE"
+
+Metrics = dict[str, float]
+"""Numbers to plot, named `noun/what_it_measures`."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with lettered options, one of them right.
+
+    Options carry no letters: option i is called `LETTERS[i]`. A problem that came as finished
+    conversation text, whose options could not be told apart, has `options=()`.
+    """
+
+    id: str
+    question: str
+    options: tuple[str, ...]
+    answer_letter: str
+    letters: str = LETTERS
+    rationale: str = ""
+    """Worked solution without its own closing answer line."""
+    checks_options: bool = False
+    """The worked solution then goes through the options, saying yes or no, until one fits."""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    """"system", "user" or "assistant"."""
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as the sampler sees it: token ids up to where the assistant begins."""
+
+    problem_id: str
+    ids: tuple[int, ...]
+    letters: str
+    answer_letter: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens. RL uses temperature alone; greedy is temperature 0."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    """Keep only the k likeliest tokens; 0 keeps all. For evaluation and chat."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A policy as one contiguous buffer, in the order of `model.state_dict()`.
+
+    A `checksum` of 0 with an empty buffer names a version whose buffer travels elsewhere.
+    """
+
+    version: int
+    checksum: int
+    buffer: np.ndarray
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A fixed unit of sampling: its result is accepted once, by `id`.
+
+    `seeds[p][g]` belongs to rollout g of prompt p, so a lease that is issued again gives the same
+    rollouts from the same weights, whoever holds it.
+    """
+
+    id: int
+    step: int
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[tuple[int, ...], ...]
+    sampling: Sampling
+    weights_version: int
+    """Sample with these weights, or with newer ones where the staleness bound allows."""
+    purpose: str = "train"
+    """"train", or the name of an evaluation."""
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer. The stop token, when sampled, is the last of `ids`."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Nats, one for each id, of the very distribution that was sampled."""
+    stopped: bool
+    """False: cut by length."""
+    text: str = ""
+    letter: str | None = None
+    """What the answer committed to, by `tasks.grading.committed_letter`."""
+    reward: float = 0.0
+    formatted: bool = False
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """All answers to one prompt of a lease, scored and compared with one another."""
+
+    lease_id: int
+    index: int
+    """Place of the prompt within its lease."""
+    step: int
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    advantages: tuple[float, ...]
+    weights_version: int
+    worker: str = ""
+    sample_s: float = 0.0
+    """Wall seconds of the lease, shared evenly among its groups."""
+
+
+class Sampler(Protocol):
+    """A policy that can be sampled from: what every engine is, and all that others know of it."""
+
+    version: int
+    """Of the weights it holds; -1 before the first were loaded."""
+
+    def load_weights(self, weights: Weights) -> None:
+        """Check the sum, then take these weights. Raises: ValueError, keeping the old ones."""
+
+    def sample(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Rollout]]:
+        """Return one answer a seed for every prompt, with the stop token where it was drawn.
+
+        Args:
+            prompts: P of them.
+            seeds: `seeds[p][g]` decides rollout g of prompt p, whatever else is in the batch.
+        """
+
+    def letter_logprobs(
+        self, prompts: Sequence[Sequence[int]], letter_ids: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Return log-probabilities (nats) of these next tokens after each row of ids."""
+
+
+@dataclass(frozen=True)
+class StepShare:
+    """What one learner rank gets for one step."""
+
+    groups: tuple[RolloutGroup, ...]
+    """This rank's, in the order of their leases."""
+    tokens_in_step: int
+    rollouts_in_step: int
+    metrics: Metrics
+    """About the whole step, the same on every rank."""
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Rows for one learner step on one rank; see `rl.batch` for how groups become rows."""
+
+    prompt_ids_PT: Tensor
+    prompt_lengths_P: Tensor
+    answer_ids_BT: Tensor
+    """(B, T) with B = P * G, rows of a prompt together; right-padded with zeros."""
+    is_sampled_BT: Tensor
+    behaviour_logprobs_BT: Tensor
+    advantages_B: Tensor
+    tokens_in_step: int
+    """Sampled tokens of the whole step, over all ranks."""
+    rollouts_in_step: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An accuracy that can be trusted: count, interval, baseline, and how the letters fell."""
+
+    n: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+    """95 % Wilson interval."""
+    majority_baseline: float
+    letters: dict[str, int] = field(default_factory=dict)
+    committed_fraction: float = 0.0
+    cut_fraction: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))

@@ -1,0 +1,1 @@
+"""One reinforcement-learning step, no cluster: each file one arrow of the picture."""

@@ -1,0 +1,155 @@
+"""Rollout groups in, a better policy out: one optimizer step at a time.
+
+Each prompt is computed once, forward and backward, and shared by its G answers; the head runs
+only on positions whose next token was sampled. Temperature and soft-cap are the sampler's, so
+both mean the same distribution.
+
+Shapes: P prompts, G rollouts per prompt, B = P * G rows, T positions, N sampled tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aquarl.config import RLConfig
+from aquarl.model.attention import Continuation, Prefix
+from aquarl.model.flat_weights import flatten
+from aquarl.model.gpt import GPT
+from aquarl.model.modes import accumulating, autocast
+from aquarl.model.optim import Optimizer, clip_gradients, lr_at
+from aquarl.records import Metrics, RolloutGroup, TrainBatch, Weights
+from aquarl.rl.batch import microbatches
+from aquarl.rl.losses import LOSSES, kl_penalty
+
+
+class Scorer(nn.Module):
+    """A batch in, its sampled tokens' log-probabilities (B, T) and the mean entropy out."""
+
+    def __init__(self, model: GPT, temperature: float) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        """Return logprobs_BT in nats, 0 where nothing was sampled, and the entropy summed over
+        the sampled tokens (nats, no gradient)."""
+        P, B = batch.prompt_ids_PT.shape[0], batch.answer_ids_BT.shape[0]
+        G = B // P
+        prefix = Prefix(batch.prompt_lengths_P)
+        prompt_hidden_PTD = self.model(batch.prompt_ids_PT, prefix)
+        last_PD = prompt_hidden_PTD[torch.arange(P), batch.prompt_lengths_P - 1]
+        hidden_BTD = last_PD.repeat_interleave(G, dim=0)[:, None]
+        inputs_BT = batch.answer_ids_BT[:, :-1]
+        if inputs_BT.shape[1]:
+            answers = Continuation(prefix, G)
+            positions_BT = answers.positions_BT(inputs_BT.shape[1])
+            after_BTD = self.model(inputs_BT, answers, positions_BT)
+            hidden_BTD = torch.cat([hidden_BTD, after_BTD], dim=1)
+
+        is_sampled_BT = batch.is_sampled_BT
+        logits_NV = self.model.logits(hidden_BTD[is_sampled_BT]) / self.temperature
+        all_logprobs_NV = logits_NV.log_softmax(dim=-1)
+        ids_N = batch.answer_ids_BT[is_sampled_BT]
+        logprobs_N = all_logprobs_NV.gather(1, ids_N[:, None])[:, 0]
+        logprobs_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
+        logprobs_BT = logprobs_BT.masked_scatter(is_sampled_BT, logprobs_N)
+        with torch.no_grad():
+            entropy = -(all_logprobs_NV.exp() * all_logprobs_NV).sum()
+        return logprobs_BT, entropy
+
+
+class Learner:
+    """The policy being trained on one rank, with its optimizer. `step` is also its version."""
+
+    def __init__(
+        self,
+        model: GPT,
+        config: RLConfig,
+        *,
+        reference: GPT | None = None,
+        parallel: Any = lambda module: module,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """
+        Args:
+            model: The policy, on its device.
+            reference: Frozen policy for the KL term; needed where `config.kl_weight` > 0.
+            parallel: How the scorer is shared among ranks: DDP, or nothing.
+        """
+        assert reference is not None or not config.kl_weight
+        self.model, self.config, self.rank, self.world = model, config, rank, world
+        self.device = next(model.parameters()).device
+        self.scorer = parallel(Scorer(model, config.temperature))
+        self.reference = Scorer(reference, config.temperature) if reference else None
+        self.optimizer = Optimizer(model, config)
+        self.step = 0
+
+    def update(
+        self, groups: Sequence[RolloutGroup], tokens_in_step: int, rollouts_in_step: int
+    ) -> Metrics:
+        """Do one optimizer step on this rank's groups. Returns sums over this rank.
+
+        Args:
+            groups: Those of this rank, at least one.
+            tokens_in_step, rollouts_in_step: Counts over all ranks.
+        """
+        started = time.perf_counter()
+        sums: dict[str, float] = defaultdict(float)
+        batches = list(
+            microbatches(groups, self.config.micro_prompts, tokens_in_step, rollouts_in_step)
+        )
+        for i, batch in enumerate(batches):
+            with accumulating(self.scorer, sync=i == len(batches) - 1):
+                self._backward(on_device(batch, self.device), sums)
+        grad_norm = clip_gradients(self.model, self.config.clip_norm)
+        lr = lr_at(self.step, self.config.steps, self.config)
+        self.optimizer.step(lr, self.step)
+        self.step += 1
+        return dict(sums) | {
+            "learner/grad_norm": grad_norm,
+            "learner/lr": lr,
+            "time/learn_s": time.perf_counter() - started,
+        }
+
+    def weights(self, dtype: torch.dtype = torch.float32) -> Weights:
+        """Return the policy as one buffer, versioned by the step."""
+        return flatten(self.model, self.step, dtype)
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _backward(self, batch: TrainBatch, sums: dict[str, float]) -> None:
+        with autocast(self.device):
+            logprobs_BT, entropy = self.scorer(batch)
+        loss, plots = LOSSES[self.config.loss](logprobs_BT, batch, self.config)
+        plots = plots | {"policy/entropy": entropy / batch.tokens_in_step}
+        if self.reference and self.config.kl_weight:
+            with torch.no_grad():
+                reference_logprobs_BT, _ = self.reference(batch)
+            penalty = kl_penalty(logprobs_BT, reference_logprobs_BT, batch)
+            loss = loss + self.config.kl_weight * penalty
+            plots["policy/kl_from_sft"] = penalty.detach()
+        plots["loss/policy"] = loss.detach()
+        # DDP averages over ranks, but the counts are the whole step's: multiply it back.
+        (loss * self.world).backward()
+        for name, value in plots.items():
+            sums[name] += float(value)
+
+
+def on_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
+    """Return the batch with all its tensors there."""
+    tensors: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)
+    }
+    return replace(batch, **tensors)

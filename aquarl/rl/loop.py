@@ -1,0 +1,157 @@
+"""The RL loop: steps in, a tuned policy out. One line an arrow of the picture.
+
+Knows no cluster: the stream it is given is the Ray one, or `InProcess`, which samples by itself
+between two steps and shows that the cluster changes nothing but the clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from aquarl.config import RLConfig
+from aquarl.data.tokenizer import Tokenizer
+from aquarl.records import (
+    Metrics,
+    Prompt,
+    RolloutGroup,
+    Sampler,
+    Sampling,
+    StepShare,
+    Weights,
+)
+from aquarl.rl.learner import Learner
+from aquarl.rl.rewards import scored_groups
+from aquarl.rl.stream import RolloutStream, describe
+
+
+class LearnerStream(Protocol):
+    """What a learner rank sees of the samplers, wherever they are."""
+
+    def publish(self, weights: Weights) -> None:
+        """Hand new weights to whoever samples from now on."""
+
+    def next_step(self, step: int, rank: int, world: int) -> StepShare:
+        """Wait for a rank's groups of a step. Raises: ClusterError, when they cannot come."""
+
+    def evaluate(
+        self, name: str, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[RolloutGroup]:
+        """Sample one answer to each prompt with the newest weights, and wait for them."""
+
+    def frontier(self, step: int) -> int:
+        """Return the position of the first prompt of a step."""
+
+
+def train_policy(
+    config: RLConfig,
+    stream: LearnerStream,
+    learner: Learner,
+    *,
+    validation: Sequence[Prompt],
+    log: Callable[[int, Metrics], None],
+    save: Callable[[Learner, int], None],
+) -> None:
+    """Update the policy until `config.steps`. Starts at `learner.step`, so it also resumes.
+
+    Args:
+        validation: Problems that are evaluated greedily on the way, by rank 0's asking.
+        log: Called with the step that the numbers belong to.
+        save: Called with the learner and the frontier to write beside it.
+    """
+    is_first_rank = learner.rank == 0
+    if is_first_rank:
+        stream.publish(learner.weights())
+    while (step := learner.step) < config.steps:
+        if is_first_rank and step % config.eval_every == 0:
+            log(step, validate(stream, validation, config, step))
+
+        waited_from = time.perf_counter()
+        share = stream.next_step(step, learner.rank, learner.world)
+        waited_s = time.perf_counter() - waited_from
+        metrics = learner.update(share.groups, share.tokens_in_step, share.rollouts_in_step)
+        published_from = time.perf_counter()
+        if is_first_rank:
+            stream.publish(learner.weights())
+        published_s = time.perf_counter() - published_from
+
+        log(
+            step,
+            metrics
+            | share.metrics
+            | {
+                "time/wait_s": waited_s,
+                "time/publish_s": published_s,
+                "tokens/trained": share.tokens_in_step,
+            },
+        )
+        if learner.step % config.save_every == 0 or learner.step == config.steps:
+            save(learner, stream.frontier(learner.step))
+    if is_first_rank:
+        log(learner.step, validate(stream, validation, config, learner.step))
+
+
+def validate(
+    stream: LearnerStream, prompts: Sequence[Prompt], config: RLConfig, step: int
+) -> Metrics:
+    """Return greedy accuracy and length on held-out problems, sampled by the rollout workers.
+
+    Of no problems there is nothing to say: {}.
+    """
+    if not prompts:
+        return {}
+    sampling = Sampling(config.max_new_tokens, temperature=0.0)
+    groups = stream.evaluate(f"validation {step}", prompts, sampling)
+    seen = describe(groups, step)
+    return {
+        "validation/accuracy": seen["reward/accuracy"],
+        "validation/committed_fraction": seen["reward/committed_fraction"],
+        "validation/length_mean": seen["rollout/length_mean"],
+        "validation/cut_fraction": seen["rollout/cut_fraction"],
+    }
+
+
+class InProcess:
+    """A `LearnerStream` that samples in the learner's own process when a step is asked for."""
+
+    def __init__(
+        self, stream: RolloutStream, sampler: Sampler, tokenizer: Tokenizer, config: RLConfig
+    ) -> None:
+        self.stream, self.sampler, self.tokenizer, self.config = stream, sampler, tokenizer, config
+
+    def publish(self, weights: Weights) -> None:
+        self.sampler.load_weights(weights)
+        self.stream.publish(weights.version)
+
+    def next_step(self, step: int, rank: int, world: int) -> StepShare:
+        while (share := self.stream.step_share(step, rank, world)) is None:
+            self._work()
+        return share
+
+    def evaluate(
+        self, name: str, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[RolloutGroup]:
+        self.stream.ask(name, prompts, [(0,)] * len(prompts), sampling)
+        while (groups := self.stream.answers(name)) is None:
+            self._work()
+        return groups
+
+    def frontier(self, step: int) -> int:
+        return self.stream.frontier(step)
+
+    def _work(self) -> None:
+        """Take one lease and finish it."""
+        lease = self.stream.lease("in process", time.monotonic())
+        assert lease is not None, "a step that is not complete has a lease to give"
+        started = time.perf_counter()
+        rollouts = self.sampler.sample(lease.prompts, lease.seeds, lease.sampling)
+        for group in scored_groups(
+            lease,
+            rollouts,
+            self.tokenizer,
+            self.config,
+            weights_version=self.sampler.version,
+            sample_s=time.perf_counter() - started,
+        ):
+            self.stream.submit(group)

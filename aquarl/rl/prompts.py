@@ -1,0 +1,58 @@
+"""Problems in, prompts by position out: what is sampled next, and with which seeds.
+
+A position counts prompts since the start of the run. Everything at a position, the problem, the
+order of its options, the seeds of its answers, follows from the position and the run's seed alone,
+so a run's frontier is one number, and what was lost can be sampled again as it was.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from aquarl.data.tokenizer import Tokenizer
+from aquarl.errors import DataError
+from aquarl.records import Problem, Prompt
+from aquarl.tasks.base import shuffled_options, to_prompt
+
+
+@dataclass
+class PromptSource:
+    """Training problems without end, every one once an epoch, in another order each epoch."""
+
+    problems: Sequence[Problem]
+    tokenizer: Tokenizer
+    seed: int
+    permute_options: bool = False
+    _order: tuple[int, list[int]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.problems:
+            raise DataError(
+                "There is no problem to train on: the training split is empty. "
+                "Check data.task, data.root and data.max_train_problems."
+            )
+
+    def prompt(self, position: int) -> Prompt:
+        """Return the prompt at a position (0, 1, 2, ...)."""
+        epoch, place = divmod(position, len(self.problems))
+        problem = self.problems[self._epoch_order(epoch)[place]]
+        if self.permute_options:
+            problem = shuffled_options(problem, random.Random(f"options {self.seed} {position}"))
+        return to_prompt(problem, self.tokenizer)
+
+    def seeds(self, position: int, rollouts: int) -> tuple[int, ...]:
+        """Return a seed for each rollout of the prompt at a position."""
+        rng = random.Random(f"rollouts {self.seed} {position}")
+        return tuple(rng.getrandbits(62) for _ in range(rollouts))
+
+    def epoch(self, position: int) -> int:
+        return position // len(self.problems)
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._order is None or self._order[0] != epoch:
+            order = list(range(len(self.problems)))
+            random.Random(f"order {self.seed} {epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1]

@@ -1,0 +1,1 @@
+"""What happens to a finished policy: chat with it, export it, publish it."""

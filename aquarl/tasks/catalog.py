@@ -1,0 +1,192 @@
+"""Names in a configuration in, problems, conversations or documents out.
+
+The one place that knows which loader a name means. `train.*`, `rl` and `evaluate` ask here and
+nowhere else.
+
+Who permutes options: problems leave here in their written order. With `data.permute_options` the
+SFT and RL stages permute train problems afresh each epoch (`tasks.base.shuffled_options`), and
+`mixture` does so each pass; validation and test problems are never permuted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from aquarl.config import DataConfig
+from aquarl.data.corpus import documents
+from aquarl.data.files import exists, join
+from aquarl.errors import DataError
+from aquarl.records import Conversation, Problem
+from aquarl.tasks.aqua import load_aqua, load_jsonl
+from aquarl.tasks.arc import load_arc
+from aquarl.tasks.arithmetic import arithmetic_problems, fact_documents
+from aquarl.tasks.base import Splits, question_key, shuffled_options, to_conversation
+from aquarl.tasks.chat import load_chat
+from aquarl.tasks.gsm8k import load_gsm8k
+from aquarl.tasks.mmlu import load_mmlu
+
+TASKS = ("arithmetic", "aqua")
+MID_SOURCES = ("chat", "gsm8k", "mmlu", "arc", "task", "easy")
+
+T = TypeVar("T")
+
+
+def load_problems(config: DataConfig, seed: int) -> Splits:
+    """Return the problems of `config.task`, as many for training as `max_train_problems` allows.
+
+    Args:
+        config: `task` is "arithmetic", "aqua", or a JSONL file or folder (`aqua.load_jsonl`); a
+            relative path is looked for as typed, then below `root`.
+        seed: Of generated problems, and of the choice where only some train problems are kept.
+
+    Raises:
+        DataError: There is no such task or file, or what it holds cannot be used.
+    """
+    splits = _all_problems(config, seed)
+    limit = config.max_train_problems
+    if limit is None or limit >= len(splits.train):
+        return splits
+    places = random.Random(f"train problems {seed}").sample(range(len(splits.train)), limit)
+    return replace(splits, train=tuple(splits.train[place] for place in sorted(places)))
+
+
+def _all_problems(config: DataConfig, seed: int) -> Splits:
+    if config.task == "arithmetic":
+        return arithmetic_problems(config, seed)
+    if config.task == "aqua":
+        return load_aqua(config)
+    if "/" not in config.task and "." not in config.task and not exists(config.task):
+        raise DataError(_unknown("data.task", config.task, TASKS, " or the path of a JSONL file"))
+    below_root = join(config.root, config.task)
+    return load_jsonl(config.task if exists(config.task) else below_root, config)
+
+
+def load_conversations(
+    name: str, config: DataConfig, seed: int, split: str = "train"
+) -> list[Conversation]:
+    """Return the conversations of one source of the mid mixture, in the order of its files.
+
+    Args:
+        name: "chat", "gsm8k", "mmlu", "arc", "task": the problems of `config.task`, or "easy":
+            generated problems of one step.
+        split: "train" or "validation". No source gives anything of its test split.
+
+    Raises:
+        DataError: There is no such source, or its files cannot be used.
+    """
+    return [_as_conversation(item) for item in _source(name, config, seed, split)]
+
+
+def mixture(config: DataConfig, seed: int, split: str = "train") -> list[Conversation]:
+    """Return the mid stage's conversations, each source as often as `config.mid` says, shuffled.
+
+    Args:
+        config: `mid` maps a source to passes over it: 2.0 is all of it twice, 0.5 a random half.
+        seed: Decides halves, orders of options, and the shuffle.
+        split: "train", or "validation": there each source in use stands once, whole.
+
+    Raises:
+        DataError: A source is unknown or unusable, or the mixture is empty.
+    """
+    mixed: list[Conversation] = []
+    for name, passes in config.mid.items():
+        if passes == 0:
+            if name not in MID_SOURCES:
+                raise DataError(_unknown("data.mid", name, MID_SOURCES))
+            continue
+        rng = random.Random(f"mid {seed} {name}")
+        loaded = _source(name, config, seed, split)
+        permutes = config.permute_options and name == "task" and split == "train"
+        for item in repeated(loaded, passes, rng) if split == "train" else loaded:
+            if permutes and isinstance(item, Problem):
+                item = shuffled_options(item, rng)
+            mixed.append(_as_conversation(item))
+    if not mixed:
+        raise DataError(
+            f"The {split} mixture of the mid stage is empty: data.mid is {config.mid}. "
+            "Give a source passes, for example data.mid={task = 1.0}."
+        )
+    random.Random(f"mid {seed} order").shuffle(mixed)
+    return mixed
+
+
+def repeated(items: Sequence[T], passes: float, rng: random.Random) -> list[T]:
+    """Return the items so many times over; a broken last pass takes a random part."""
+    whole, rest = divmod(passes, 1)
+    return [*items] * int(whole) + rng.sample(items, round(rest * len(items)))
+
+
+def corpus_documents(config: DataConfig, seed: int, split: str = "train") -> Iterator[str]:
+    """Yield the documents of `config.corpus`, generated ones among those read.
+
+    Files and hub end after one pass; "arithmetic" alone never ends. Where both are named they
+    alternate, even in characters, until the files end.
+
+    Raises:
+        DataError: A pattern matches nothing, a file is broken, or a split is empty.
+    """
+    read_from = tuple(pattern for pattern in config.corpus if pattern != "arithmetic")
+    if not config.corpus:
+        raise DataError(
+            "data.corpus is empty, so there is no text to train on. "
+            'Set data.corpus=["arithmetic"], ["hub"], or files.'
+        )
+    generated = fact_documents(config, seed, split)
+    if not read_from:
+        return generated
+    read = documents(config.model_copy(update={"corpus": read_from}), seed, split)
+    return read if read_from == config.corpus else _alternating(read, generated)
+
+
+def _alternating(finite: Iterator[str], endless: Iterator[str]) -> Iterator[str]:
+    ahead = 0  # characters by which the finite text leads
+    for document in finite:
+        yield document
+        ahead += len(document)
+        while ahead > 0:
+            other = next(endless)
+            yield other
+            ahead -= len(other)
+
+
+def _source(
+    name: str, config: DataConfig, seed: int, split: str
+) -> Sequence[Problem | Conversation]:
+    assert split in ("train", "validation"), split
+    if name == "chat":
+        return load_chat(config, split)
+    if name == "gsm8k":
+        return load_gsm8k(config, split)
+    if name == "mmlu":
+        return load_mmlu(config, split)
+    if name == "arc":
+        return load_arc(config, split)
+    if name == "task":
+        problems = load_problems(config, seed)
+        return problems.train if split == "train" else problems.validation
+    if name == "easy":
+        easy = arithmetic_problems(config.model_copy(update={"difficulty": 1}), seed + 1)
+        held_out = {question_key(p) for p in _held_out(config, seed)}
+        problems_of_split = easy.train if split == "train" else easy.validation
+        return [p for p in problems_of_split if question_key(p) not in held_out]
+    raise DataError(_unknown("data.mid", name, MID_SOURCES))
+
+
+def _held_out(config: DataConfig, seed: int) -> Sequence[Problem]:
+    """Return what no stage may train on: the task's validation and test problems."""
+    splits = load_problems(config, seed)
+    return [*splits.validation, *splits.test]
+
+
+def _as_conversation(item: Problem | Conversation) -> Conversation:
+    return to_conversation(item) if isinstance(item, Problem) else item
+
+
+def _unknown(setting: str, name: str, known: tuple[str, ...], also: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"{setting} names {name!r}, but there are only {', '.join(known)}{also}.{hint}"

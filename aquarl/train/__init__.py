@@ -1,0 +1,1 @@
+"""The supervised stages: base, mid, sft."""

@@ -1,0 +1,22 @@
+"""The mid stage: the mixture of `data.mid` in, packed rows of conversations out.
+
+Teaches the conversation format, multiple choice and short reasoning before the task itself.
+"""
+
+from __future__ import annotations
+
+from aquarl.config import Config
+from aquarl.data.batches import PackedRows, RowSource
+from aquarl.data.tokenizer import Tokenizer
+from aquarl.tasks.catalog import mixture
+
+
+def rows(config: Config, tokenizer: Tokenizer) -> tuple[RowSource, RowSource]:
+    """Return training and validation rows. The mixture is drawn once and shuffled every epoch."""
+    seed, context = config.run.seed, config.model.context
+    train = mixture(config.data, seed, "train")
+    validation = mixture(config.data, seed, "validation")
+    return (
+        PackedRows(lambda epoch: train, tokenizer, context, seed),
+        PackedRows(lambda epoch: validation, tokenizer, context, seed),
+    )

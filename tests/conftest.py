@@ -1,0 +1,119 @@
+"""One real Ray for the whole test session, and a configuration that runs in seconds on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before Ray or torch are imported; workers inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TINY = """
+[data]
+train_problems = 48
+held_out_problems = 16
+largest_number = 9
+[tokenizer]
+train_chars = 20000
+vocab_size = 400
+[model]
+width = 64
+heads = 1
+context = 128
+[base]
+steps = 4
+batch_tokens = 512
+eval_rows = 4
+save_every = 2
+[mid]
+steps = 10
+batch_tokens = 1024
+eval_rows = 4
+[sft]
+steps = 10
+batch_tokens = 1024
+eval_rows = 4
+[rl]
+steps = 6
+prompts_per_step = 8
+prompts_per_lease = 4
+rollouts_per_prompt = 4
+max_new_tokens = 16
+eval_every = 3
+eval_problems = 8
+save_every = 2
+max_staleness = 0
+lr_scale = 0.1
+wait_timeout_s = 60
+[evaluate]
+problems = 12
+permutation_problems = 4
+max_new_tokens = 16
+samples = 2
+k = [1, 2]
+prompts_per_batch = 6
+[cluster]
+learner_cpus = 0.5
+rollout_cpus = 0.5
+start_timeout_s = 60
+"""
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[Any]:
+    """A Ray of this test session alone, with 4 CPUs by its own account."""
+    import ray
+
+    assert not ray.is_initialized()
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    ray.init(
+        address="local",
+        num_cpus=4,
+        namespace="tests",
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=200 << 20,
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a configuration whose whole pipeline takes seconds."""
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(TINY)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def finished_run(ray_here: Any, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with a whole pipeline in it. Read it, or copy it; do not write to it."""
+    from aquarl.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["pipeline", "--config", tiny, f"run.dir={folder}"]) == 0
+    return folder
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def after_sft(finished_run: Path, tmp_path: Path) -> Path:
+    """A run directory in which everything but RL is finished."""
+    folder = tmp_path / "run"
+    for part in ("tokenizer", "results", "checkpoints"):
+        shutil.copytree(finished_run / part, folder / part)
+    shutil.rmtree(folder / "checkpoints/rl")
+    (folder / "results/rl.json").unlink()
+    (folder / "results/evaluate.json").unlink(missing_ok=True)
+    return folder

@@ -1,0 +1,268 @@
+"""Ray jobs on a real cluster of its own: submitted, watched, scaled, stopped, and resumed.
+
+The head runs in a process group of this test, with its own ports, folder and token; ending the
+group ends all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aquarl.model.checkpoint import latest_checkpoint
+from tests.conftest import rows
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Head:
+    gcs: str
+    dashboard: str
+    folder: Path
+    environment: dict[str, str]
+
+    def aquarl(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "aquarl.cli", *argv],
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+
+    def ask(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        done = self.aquarl(*argv, f"cluster.address={self.gcs}")
+        assert done.returncode == 0, done.stderr
+        return done
+
+
+def processes(text: str) -> list[int]:
+    """Return the ids of the processes with this in their command line."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it may end while we look
+            if text.encode() in line.read_bytes():
+                found.append(int(line.parent.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head node with 4 CPUs that takes jobs from those who have its token."""
+    folder = Path(tempfile.mkdtemp(prefix="aq", dir="/tmp"))  # short: it holds sockets
+    gcs, dashboard = free_port(), free_port()
+    environment = {
+        **os.environ,
+        "HOME": str(folder),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+        "RAY_metrics_report_interval_ms": "1000",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        [
+            *("ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4"),
+            *(f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+            *(f"--temp-dir={folder}/ray", f"--ray-client-server-port={free_port()}"),
+            *(f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=200000000"),
+        ],
+        cwd=folder, env=environment, start_new_session=True,
+        stdout=(folder / "head.log").open("wb"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        eventually(lambda: can_connect(dashboard) or process.poll() is not None, 180)
+        assert process.poll() is None, (folder / "head.log").read_text()
+        yield Head(f"127.0.0.1:{gcs}", url, folder, environment)
+    finally:
+        process.terminate()  # `ray start --block` ends what it started, mostly
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(8)
+        for left in processes(str(folder)):
+            with suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
+        eventually(lambda: not processes(str(folder)), 20)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def can_connect(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def eventually(look: Callable[[], Any], seconds: float) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+    return seen
+
+
+def rollout_workers(head: Head) -> list[int]:
+    """Return the ids of this head's rollout workers; the machine may have others."""
+    home = f"HOME={head.folder}\0".encode()
+    return [
+        pid
+        for pid in processes("ray::RolloutWorker")
+        if home in Path(f"/proc/{pid}/environ").read_bytes()
+    ]
+
+
+def test_a_stage_is_submitted_followed_and_done(head: Head, tiny: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    here = ["--config", tiny, f"run.dir={run}", f"cluster.address={head.dashboard}"]
+    for stage in ("tokenizer", "base"):
+        done = head.aquarl("submit", stage, *here)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{stage}  done in" in done.stdout and "is submitted" in done.stdout
+        assert json.loads((run / f"results/{stage}.json").read_text())["stage"] == stage
+    mistaken = head.aquarl("submit", "rl", *here)
+    assert mistaken.returncode == 2
+    assert "rl starts from the result of sft" in mistaken.stdout
+    assert "The job ended FAILED" in mistaken.stderr and "Traceback" not in mistaken.stderr
+
+
+def test_without_the_token_nothing_is_taken(head: Head, tiny: str, tmp_path: Path) -> None:
+    stranger = {**head.environment, "RAY_AUTH_TOKEN": "f" * 64}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "aquarl.cli", "submit", "tokenizer", "--config", tiny),
+            *(f"run.dir={tmp_path}/run", f"cluster.address={head.dashboard}"),
+        ],
+        cwd=ROOT, env=stranger, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "No cluster takes jobs" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
+    head: Head, finished_run: Path, after_sft: Path, tiny: str
+) -> None:
+    here = ["--config", tiny, f"run.dir={after_sft}"]
+    submitting = ["submit", "rl", *here, f"cluster.address={head.dashboard}"]
+    following = subprocess.Popen(
+        [sys.executable, "-m", "aquarl.cli", *submitting],
+        cwd=ROOT, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    worker = eventually(lambda: rollout_workers(head), 60)[0]
+    eventually((after_sft / "checkpoints/rl/step_000002/meta.json").exists, 60)
+    os.kill(worker, signal.SIGSTOP)  # the run waits for its lease and is not over too soon
+    try:
+        seen = json.loads(head.ask("status", *here).stdout)
+        assert seen["workers"] == ["rollout-0"] and 2 <= seen["weights_version"] < 6
+        assert seen["leases"] == {"rollout-0": 1}
+
+        head.ask("scale", "2", *here)
+        eventually(lambda: len(rollout_workers(head)) == 2, 30)
+        assert json.loads(head.ask("status", *here).stdout)["workers"] == ["rollout-0", "rollout-1"]
+        head.ask("scale", "1", *here)
+        eventually(lambda: len(rollout_workers(head)) == 1, 30)
+        assert json.loads(head.ask("status", *here).stdout)["workers"] == ["rollout-0"]
+
+        named = json.loads(dashboard(head, "/api/v0/actors?detail=true"))
+        shown = [a for a in named["data"]["result"]["result"] if a["state"] == "ALIVE"]
+        said = {a["class_name"]: a["repr_name"] for a in shown}
+        assert said["StreamActor"] == f"RolloutStream({after_sft})"
+        assert said["RolloutWorker"] == "RolloutWorker(rollout-0)"
+        assert said["MetricsRelay"] == "MetricsRelay"
+
+        scraped = eventually(lambda: metrics_of(head, "ray_aquarl_groups_total"), 30)
+        assert f'run="{after_sft}"' in scraped
+        assert metrics_of(head, "ray_aquarl_rollout_workers")
+
+        jobs = json.loads(dashboard(head, "/api/jobs/"))
+        job = next(j for j in jobs if j["submission_id"] and j["status"] == "RUNNING")
+        dashboard(head, f"/api/jobs/{job['submission_id']}/stop", method="POST")
+        out, err = following.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGCONT)
+    assert following.returncode == 2 and "The job ended STOPPED" in err
+    assert "stopped; the same command goes on from here" in out and "Traceback" not in out
+    assert latest_checkpoint(f"{after_sft}/checkpoints/rl") is not None
+    assert not (after_sft / "results/rl.json").exists()
+
+    again = head.aquarl(*submitting)
+    assert again.returncode == 0, again.stdout + again.stderr
+    last = Path("checkpoints/rl/step_000006/weights.safetensors")
+    assert (after_sft / last).read_bytes() == (finished_run / last).read_bytes()
+    trained = rows(after_sft / "ledger.jsonl")
+    assert len(trained) == 48 and len({row["problem"] for row in trained}) == 48
+
+
+def test_a_pipeline_goes_through_as_a_job(
+    head: Head, finished_run: Path, tiny: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    here = ["--config", tiny, f"run.dir={run}", f"cluster.address={head.dashboard}"]
+    done = head.aquarl("submit", "pipeline", *here)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = Path("checkpoints/rl/step_000006/weights.safetensors")
+    assert (run / last).read_bytes() == (finished_run / last).read_bytes()
+    assert (run / "report.md").is_file()
+
+
+def dashboard(head: Head, path: str, method: str = "GET") -> str:
+    request = urllib.request.Request(head.dashboard + path, method=method)
+    request.add_header("Authorization", f"Bearer {head.environment['RAY_AUTH_TOKEN']}")
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return str(answer.read().decode())
+
+
+def metrics_of(head: Head, name: str) -> str:
+    """Return the lines of one metric that some port of the cluster serves to Prometheus."""
+    listed = head.folder / "ray/session_latest/prom_metrics_service_discovery.json"
+    targets = [target for entry in json.loads(listed.read_text()) for target in entry["targets"]]
+    found = ""
+    for target in targets:
+        with suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as at:
+            lines = at.read().decode().splitlines()
+            found += "\n".join(line for line in lines if line.startswith(name + "{"))
+    return found
+
+
+def test_sigterm_ends_a_command_in_order(tiny: str, tmp_path: Path) -> None:
+    """Without a job around it: a Ray of its own, which ends with the command."""
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "aquarl.cli", "tokenizer", "--config", tiny, f"run.dir={run}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    command = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "aquarl.cli", "base", "--config", tiny, f"run.dir={run}"),
+            *("base.steps=2000", "base.batch_tokens=256"),
+        ],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    eventually(lambda: latest_checkpoint(f"{run}/checkpoints/base"), 120)
+    command.send_signal(signal.SIGTERM)
+    _, err = command.communicate(timeout=30)
+    assert command.returncode == 143
+    assert err.strip().splitlines()[-1].endswith("the same command goes on from here.")
+    assert "Traceback" not in err

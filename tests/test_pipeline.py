@@ -1,0 +1,150 @@
+"""The whole path at tiny size, as a user types it, on a real Ray."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aquarl.cli import main
+from aquarl.config import load_config
+from aquarl.data.tokenizer import Tokenizer
+from aquarl.model.checkpoint import checkpoints, finished_model, latest_checkpoint
+from aquarl.observe.metrics import read_metrics
+from aquarl.rl.prompts import PromptSource
+from aquarl.tasks.catalog import load_problems
+from tests.conftest import rows
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+STEPS = {"base": 4, "mid": 10, "sft": 10, "rl": 6}
+
+
+def test_every_stage_leaves_its_result_its_curve_and_a_whole_checkpoint(finished_run: Path) -> None:
+    words = Tokenizer.load(f"{finished_run}/tokenizer")
+    curves = read_metrics(str(finished_run))
+    for stage, steps in STEPS.items():
+        result = json.loads((finished_run / f"results/{stage}.json").read_text())
+        assert (result["stage"], result["steps"]) == (stage, steps)
+        assert result["wall_s"] == pytest.approx(result["finished"] - result["started"])
+        assert result["tokens"] > 0
+        assert [row["step"] for row in curves[stage]] == list(range(steps + 1))
+        newest = latest_checkpoint(f"{finished_run}/checkpoints/{stage}")
+        assert newest is not None and newest.endswith(f"step_{steps:06d}")
+        assert finished_model(str(finished_run), stage, words.fingerprint).shape.width == 64
+
+
+def test_the_time_of_the_stages_adds_up_to_that_of_the_command(finished_run: Path) -> None:
+    results = [
+        json.loads((finished_run / f"results/{stage}.json").read_text())
+        for stage in ("tokenizer", *STEPS)
+    ]
+    whole = results[-1]["finished"] - results[0]["started"]
+    assert sum(result["wall_s"] for result in results) == pytest.approx(whole, abs=0.5)
+
+
+def test_each_problem_of_an_epoch_is_trained_exactly_once(finished_run: Path, tiny: str) -> None:
+    config = load_config(tiny, [f"run.dir={finished_run}"])
+    trained = rows(finished_run / "ledger.jsonl")
+    assert Counter(row["step"] for row in trained) == {step: 8 for step in range(6)}
+    # 48 problems and 6 steps of 8 prompts: exactly one epoch.
+    problems = load_problems(config.data, config.run.seed).train
+    assert Counter(row["problem"] for row in trained) == {problem.id: 1 for problem in problems}
+    words = Tokenizer.load(f"{finished_run}/tokenizer")
+    source = PromptSource(problems, words, config.run.seed, config.data.permute_options)
+    assert [row["problem"] for row in trained] == [source.prompt(i).problem_id for i in range(48)]
+    assert all(row["weights_version"] == row["step"] for row in trained)  # max_staleness = 0
+
+
+def test_the_ledger_and_the_curve_tell_the_same_rewards(finished_run: Path) -> None:
+    curve = {row["step"]: row for row in read_metrics(str(finished_run))["rl"]}
+    for step in range(6):
+        rewards = [
+            reward
+            for row in rows(finished_run / "ledger.jsonl")
+            if row["step"] == step
+            for reward in row["rewards"]
+        ]
+        assert sum(rewards) / len(rewards) == pytest.approx(curve[step]["reward/mean"])
+
+
+def test_transcripts_of_every_step_can_be_read(finished_run: Path) -> None:
+    for step in range(6):
+        shown = rows(finished_run / f"transcripts/step_{step:06d}.jsonl")
+        assert len(shown) == 2
+        assert all(row["step"] == step and row["right_letter"] in "ABCDE" for row in shown)
+
+
+def test_the_report_is_there_in_all_its_parts(finished_run: Path) -> None:
+    page = (finished_run / "report.md").read_text()
+    report = json.loads((finished_run / "report.json").read_text())
+    assert set(report["evaluation"]["stages"]) == {"sft", "rl"}
+    plots = sorted((finished_run / "plots").iterdir())
+    assert plots and all(plot.stat().st_size > 1000 for plot in plots)
+    assert all(f"plots/{plot.name}" in page for plot in plots if plot.suffix == ".png")
+
+
+def test_a_second_run_skips_every_stage(
+    finished_run: Path, tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished_run / "checkpoints").rglob("*")}
+    stages = [["tokenizer"], ["base"], ["mid"], ["sft"], ["rl"]]
+    for stage in stages:
+        assert main([*stage, "--config", tiny, f"run.dir={finished_run}"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("stands already") == 5 and "done" not in said
+    after = {path: path.stat().st_mtime_ns for path in (finished_run / "checkpoints").rglob("*")}
+    assert after == before
+
+
+def test_other_settings_are_refused_and_what_may_change_is_not(
+    finished_run: Path, tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = ["rl", "--config", tiny, f"run.dir={finished_run}"]
+    assert main([*here, "sft.steps=9"]) == 2
+    said = capsys.readouterr().err
+    assert "finished rl stage with sft.steps=10, not 9" in said and "run.dir" in said
+    assert main([*here, "rl.rollout_workers=2", "rl.save_every=1"]) == 0
+
+
+def test_evaluate_prints_one_json_object_and_nothing_else(
+    finished_run: Path, tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = ["evaluate", "--config", tiny, f"run.dir={finished_run}", "--json"]
+    assert main(here) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((finished_run / "results/evaluate.json").read_text())
+    greedy = printed["stages"]["rl"]["greedy"]
+    assert greedy["n"] == 12 and greedy["low"] <= greedy["accuracy"] <= greedy["high"]
+
+
+def test_a_run_against_its_own_copy_differs_in_nothing(
+    finished_run: Path, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_run, copy)
+    here = ["evaluate", "--config", tiny, f"run.dir={copy}", "--json", "evaluate.stages=['rl']"]
+    assert main([*here, "--against", f"{finished_run}:rl"]) == 0
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    compared = printed["comparisons"][-1]
+    assert (compared["a"], compared["b"]) == (f"{finished_run}:rl", "rl")
+    assert compared["p_value"] == 1.0 and compared["difference"] == 0.0
+
+
+@pytest.mark.slow
+def test_stages_one_by_one_give_the_weights_of_the_pipeline(
+    finished_run: Path, tiny: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "one by one"
+    for stage in ("tokenizer", "base", "mid"):
+        assert main([stage, "--config", tiny, f"run.dir={folder}"]) == 0
+    for stage in ("base", "mid"):
+        here, there = (
+            Path(str(latest_checkpoint(f"{run}/checkpoints/{stage}"))) / "weights.safetensors"
+            for run in (folder, finished_run)
+        )
+        assert here.read_bytes() == there.read_bytes()
+    assert len(checkpoints(f"{folder}/checkpoints/base")) == 2

@@ -1,0 +1,77 @@
+"""What stands at a position follows from the position alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from aquarl.errors import DataError
+from aquarl.records import Problem
+from aquarl.rl.prompts import PromptSource
+from aquarl.tasks.base import to_prompt
+from tests.fakes import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+PROBLEMS = [
+    Problem(f"p{i}", f"What is {i}?", tuple(f"o{i}{j}" for j in range(5)), "ABCDE"[i % 5])
+    for i in range(7)
+]
+
+
+def source(seed: int = 0, permute_options: bool = False) -> PromptSource:
+    return PromptSource(PROBLEMS, TOKENIZER, seed, permute_options)
+
+
+def test_every_problem_comes_exactly_once_an_epoch() -> None:
+    prompts = source()
+    orders = [
+        [prompts.prompt(epoch * 7 + place).problem_id for place in range(7)] for epoch in range(4)
+    ]
+    assert all(Counter(order) == Counter(p.id for p in PROBLEMS) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4, "each epoch has its own order"
+    assert [prompts.epoch(position) for position in (0, 6, 7, 14)] == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("permute_options", [False, True])
+def test_a_position_means_the_same_whatever_was_asked_before(permute_options: bool) -> None:
+    used = source(permute_options=permute_options)
+    for position in (20, 3, 7, 6, 13, 3):
+        fresh = source(permute_options=permute_options)
+        assert used.prompt(position) == fresh.prompt(position)
+        assert used.seeds(position, 4) == fresh.seeds(position, 4)
+
+
+def test_the_runs_seed_decides_order_and_seeds() -> None:
+    assert [source(0).prompt(i) for i in range(7)] != [source(1).prompt(i) for i in range(7)]
+    assert source(0).seeds(0, 2) != source(1).seeds(0, 2)
+
+
+def test_all_seeds_of_a_run_differ_and_more_rollouts_begin_with_the_same() -> None:
+    seeds = [seed for position in range(500) for seed in source().seeds(position, 8)]
+    assert len(set(seeds)) == len(seeds)
+    assert source().seeds(3, 8)[:2] == source().seeds(3, 2)
+
+
+def test_unpermuted_prompts_are_the_problems_as_they_stand() -> None:
+    prompt = source().prompt(0)
+    problem = next(p for p in PROBLEMS if p.id == prompt.problem_id)
+    assert prompt == to_prompt(problem, TOKENIZER)
+
+
+def test_permuted_options_keep_the_right_one_right() -> None:
+    """And over the epochs the answer of one problem stands under every letter."""
+    prompts, letters = source(permute_options=True), set()
+    for position in range(7 * 40):
+        prompt = prompts.prompt(position)
+        problem = next(p for p in PROBLEMS if p.id == prompt.problem_id)
+        right = problem.options["ABCDE".index(problem.answer_letter)]
+        assert f"\n{prompt.answer_letter}){right}" in TOKENIZER.decode(prompt.ids)
+        if problem.id == "p0":
+            letters.add(prompt.answer_letter)
+    assert letters == set("ABCDE")
+
+
+def test_an_empty_split_is_refused() -> None:
+    with pytest.raises(DataError, match="training split is empty"):
+        PromptSource([], TOKENIZER, 0)

@@ -1,0 +1,438 @@
+"""The stream's book-keeping: nothing lost, nothing trained twice, nothing too stale."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from aquarl.config import RLConfig
+from aquarl.records import Lease, Problem, RolloutGroup, Sampling
+from aquarl.rl.prompts import PromptSource
+from aquarl.rl.stream import RolloutStream, describe
+from tests.fakes import byte_tokenizer, make_group
+
+TOKENIZER = byte_tokenizer()
+PROBLEMS = [Problem(f"p{i}", f"{i}?", ("a", "b"), "AB"[i % 2]) for i in range(10)]
+GREEDY = Sampling(4, temperature=0.0)
+
+
+def stream_of(**settings: object) -> RolloutStream:
+    """Six prompts a step in leases of two, unless said otherwise."""
+    plan = {"steps": 50, "prompts_per_step": 6, "prompts_per_lease": 2, "rollouts_per_prompt": 2}
+    config = RLConfig(**(plan | {"max_staleness": 0} | settings))
+    return RolloutStream(PromptSource(PROBLEMS, TOKENIZER, seed=0), config)
+
+
+def finished(lease: Lease, rewards: Sequence[float] = (1.0, 0.0)) -> list[RolloutGroup]:
+    """What a worker would send: the rewards stand for the sampling."""
+    return [
+        make_group(
+            [], [[1], [2, 3]], rewards=rewards, lease=lease, index=i, version=lease.weights_version
+        )
+        for i in range(len(lease.prompts))
+    ]
+
+
+def leased(stream: RolloutStream, worker: str = "w", now_s: float = 0.0) -> Lease:
+    lease = stream.lease(worker, now_s)
+    assert lease is not None
+    return lease
+
+
+def submit_all(stream: RolloutStream, lease: Lease, rewards: Sequence[float] = (1, 0)) -> None:
+    assert all(stream.submit(group) for group in finished(lease, rewards))
+
+
+def work_off(stream: RolloutStream) -> list[Lease]:
+    """Take and finish every lease there is."""
+    leases = []
+    while (lease := stream.lease("w", 0.0)) is not None:
+        leases.append(lease)
+        submit_all(stream, lease)
+    return leases
+
+
+def problems_of(groups: Sequence[RolloutGroup]) -> list[str]:
+    return [group.prompt.problem_id for group in groups]
+
+
+def test_nothing_is_leased_before_there_are_weights() -> None:
+    stream = stream_of(max_staleness=5)
+    assert stream.lease("w", 0.0) is None
+    stream.publish(0)
+    assert stream.lease("w", 0.0) is not None
+
+
+def test_a_lease_is_given_once_and_a_step_is_its_leases_in_order() -> None:
+    stream = stream_of()
+    stream.publish(0)
+    leases = [leased(stream, f"w{i}") for i in range(3)]
+    assert stream.lease("another", 0.0) is None
+    assert len({lease.id for lease in leases}) == 3
+    source = PromptSource(PROBLEMS, TOKENIZER, seed=0)
+    prompts = [prompt for lease in leases for prompt in lease.prompts]
+    assert prompts == [source.prompt(position) for position in range(6)]
+    assert [s for x in leases for s in x.seeds] == [source.seeds(p, 2) for p in range(6)]
+    assert all((x.step, x.weights_version, x.attempt) == (0, 0, 0) for x in leases)
+
+
+def test_a_step_is_given_when_it_is_complete_whatever_the_order_of_arrival() -> None:
+    rng, orders = random.Random(0), set()
+    for _ in range(10):
+        stream = stream_of()
+        stream.publish(0)
+        groups = [g for _ in range(3) for g in finished(leased(stream))]
+        rng.shuffle(groups)
+        for group in groups:
+            assert stream.step_share(0, 0, 1) is None
+            assert stream.submit(group)
+        share = stream.step_share(0, 0, 1)
+        assert share is not None
+        orders.add(tuple(problems_of(share.groups)))
+    assert len(orders) == 1
+
+
+def test_ranks_share_a_step_and_all_know_its_counts() -> None:
+    stream = stream_of()
+    stream.publish(0)
+    work_off(stream)
+    shares = [stream.step_share(0, rank, 4) for rank in range(4)]
+    whole = stream.step_groups(0)
+    assert whole is not None
+    held = [group for share in shares if share for group in share.groups]
+    assert sorted(problems_of(held)) == sorted(problems_of(whole))
+    for share in shares:
+        assert share is not None and share.groups
+        assert (share.tokens_in_step, share.rollouts_in_step) == (6 * 3, 6 * 2)
+        assert share.metrics == describe(whole, 0)
+
+
+def test_a_lost_workers_lease_is_issued_again_as_it_was() -> None:
+    stream = stream_of()
+    stream.publish(0)
+    lost, kept = leased(stream, "dies"), leased(stream, "lives")
+    assert stream.lost("dies") == 1
+    again = leased(stream, "new")
+    assert again == replace(lost, attempt=1)
+    assert again.seeds == lost.seeds and again.prompts == lost.prompts
+    assert leased(stream, "lives").id not in (lost.id, kept.id)
+    assert stream.counts["reissued"] == 1
+
+
+def test_a_lease_names_the_newest_weights_of_the_moment_it_is_given() -> None:
+    stream = stream_of(max_staleness=1)
+    stream.publish(0)
+    early = leased(stream, "dies")
+    stream.publish(1)
+    assert leased(stream).weights_version == 1
+    stream.lost("dies")
+    assert leased(stream) == replace(early, attempt=1, weights_version=1)
+
+
+def test_what_a_lost_worker_had_sent_is_kept() -> None:
+    stream = stream_of()
+    stream.publish(0)
+    lost = leased(stream, "dies")
+    assert stream.submit(finished(lost)[0])
+    stream.lost("dies")
+    again = leased(stream, "new")
+    assert [stream.submit(group) for group in finished(again)] == [False, True]
+    assert stream.counts["late"] == 1
+
+
+def test_a_finished_lease_is_not_lost_with_its_worker() -> None:
+    stream = stream_of()
+    stream.publish(0)
+    submit_all(stream, leased(stream, "dies"))
+    assert stream.lost("dies") == 0
+
+
+def test_late_and_repeated_groups_are_dropped_and_counted() -> None:
+    stream = stream_of()
+    stream.publish(0)
+    lease = leased(stream)
+    submit_all(stream, lease)
+    assert not stream.submit(finished(lease)[0])  # a repeat
+    work_off(stream)
+    for step in (1, 2):
+        stream.publish(step)
+        assert stream.step_share(step, 0, 1) is None
+        work_off(stream)
+    assert not stream.submit(finished(lease)[0])  # of a step long trained
+    assert not stream.submit(replace(finished(lease)[0], lease_id=999))  # of nobody
+    assert stream.counts["late"] == 3
+
+
+def test_a_lease_that_takes_too_long_is_issued_again_and_the_first_answer_counts() -> None:
+    stream = stream_of(lease_timeout_s=60)
+    stream.publish(0)
+    slow = leased(stream, "slow", now_s=100)
+    assert stream.expire(160) == 0
+    assert stream.expire(161) == 1
+    assert stream.expire(161) == 0, "nobody holds it now"
+    again = leased(stream, "fast", now_s=170)
+    assert again == replace(slow, attempt=1)
+    assert stream.expire(200) == 0, "its time begins anew"
+    submit_all(stream, slow)  # it was slow, not dead; the same seeds gave the same answers
+    assert not any(stream.submit(group) for group in finished(again))
+
+
+@pytest.mark.parametrize("eta", [0, 1, 2])
+def test_no_group_is_staler_than_allowed_and_work_goes_as_far_ahead_as_it_may(eta: int) -> None:
+    stream = stream_of(max_staleness=eta, steps=8)
+    for version in range(8):
+        stream.publish(version)
+        leases = work_off(stream)
+        assert all(lease.step - lease.weights_version <= eta for lease in leases)
+        newest = min(version + eta, 7)
+        assert stream.step_groups(newest) is not None, "as far as the bound allows"
+        assert stream.step_groups(newest + 1) is None
+        assert stream.step_share(version, 0, 1) is not None
+
+
+@pytest.mark.parametrize("eta", [0, 1, 3])
+def test_under_any_timing_every_problem_is_trained_once_an_epoch(eta: int) -> None:
+    """Workers come, go, die, stall and repeat themselves at random; ten problems, six a step."""
+    rng = random.Random(eta)
+    stream = stream_of(max_staleness=eta, steps=15)
+    stream.publish(0)
+    held: dict[str, Lease] = {}
+    trained: list[str] = []
+    step = now_s = 0
+    while step < 15:
+        now_s += 1
+        worker = f"w{rng.randrange(4)}"
+        event = rng.random()
+        if event < 0.5:
+            lease = held.get(worker) or stream.lease(worker, now_s)
+            if lease is not None:
+                assert lease.step - lease.weights_version <= eta
+                held[worker] = lease
+                for group in finished(lease)[: rng.randrange(3)]:
+                    stream.submit(group)
+                if rng.random() < 0.5:
+                    submit = [stream.submit(group) for group in finished(lease)]
+                    assert len(submit) == 2
+                    held.pop(worker)
+        elif event < 0.6:
+            stream.lost(worker)
+            held.pop(worker, None)
+        elif event < 0.65:
+            stream.expire(now_s + 1_000)  # all at once; the workers still send what they have
+        else:
+            share = stream.step_share(step, 0, 1)
+            if share is not None:
+                assert share.metrics["rollout/staleness_max"] <= eta
+                trained += problems_of(share.groups)
+                step += 1
+                stream.publish(step)
+        assert now_s < 100_000
+    epochs = [Counter(trained[start : start + 10]) for start in range(0, 90, 10)]
+    assert epochs == [Counter(p.id for p in PROBLEMS)] * 9
+    source = PromptSource(PROBLEMS, TOKENIZER, seed=0)
+    assert trained == [source.prompt(position).problem_id for position in range(90)]
+
+
+def test_a_rewound_stream_gives_the_same_steps_again() -> None:
+    stream = stream_of(max_staleness=1)
+    given: list[list[str]] = []
+    for step in range(4):
+        stream.publish(step)
+        work_off(stream)
+        share = stream.step_share(step, 0, 1)
+        assert share is not None
+        given.append(problems_of(share.groups))
+        if step == 1:
+            frontier = stream.frontier(2)  # as saved after two updates
+    assert frontier == 12
+    stream.rewind(2, frontier)
+    assert stream.depth == 0
+    for step in (2, 3):
+        stream.publish(step)
+        work_off(stream)
+        share = stream.step_share(step, 0, 1)
+        assert share is not None and problems_of(share.groups) == given[step]
+
+
+def test_after_a_rewind_nothing_is_sampled_with_weights_of_updates_that_were_undone() -> None:
+    stream = stream_of()
+    for step in range(4):
+        stream.publish(step)
+        old = work_off(stream)
+        stream.step_share(step, 0, 1)
+    stream.rewind(2, 12)
+    assert stream.lease("w", 0.0) is None, "version 3 is of a past that did not happen"
+    assert not stream.submit(finished(old[0])[0]), "nor is its work"
+    stream.publish(2)
+    assert leased(stream).weights_version == 2
+
+
+def test_the_frontier_is_where_a_step_begins_opened_or_not() -> None:
+    stream = stream_of(max_staleness=1)
+    stream.publish(0)
+    work_off(stream)
+    assert [stream.frontier(step) for step in (0, 1, 2)] == [0, 6, 12]
+
+
+def test_a_step_can_still_be_looked_at_while_another_rank_asks_for_the_next() -> None:
+    stream = stream_of()
+    stream.publish(0)
+    work_off(stream)
+    assert stream.step_share(0, 0, 2) is not None and stream.step_share(0, 1, 2) is not None
+    assert stream.depth == 6
+    stream.publish(1)
+    assert stream.step_share(1, 1, 2) is None
+    assert stream.step_groups(0) is not None
+    assert stream.depth == 0
+    stream.step_share(2, 1, 2)
+    assert stream.step_groups(0) is None
+
+
+def test_the_run_ends_with_its_last_step() -> None:
+    stream = stream_of(max_staleness=5, steps=2)
+    stream.publish(0)
+    assert {lease.step for lease in work_off(stream)} == {0, 1}
+    assert stream.lease("w", 0.0) is None
+
+
+# Evaluations
+
+
+def test_an_evaluation_goes_first_and_comes_back_in_its_order() -> None:
+    stream = stream_of()
+    stream.publish(0)
+    first = leased(stream, "busy")
+    prompts = [PromptSource(PROBLEMS, TOKENIZER, seed=5).prompt(i) for i in range(5)]
+    stream.ask("validation 0", prompts, [(0,)] * 5, GREEDY)
+    asked = [leased(stream, f"w{i}") for i in range(3)]
+    assert sorted(len(lease.prompts) for lease in asked) == [1, 2, 2]
+    assert all(x.purpose == "validation 0" and x.sampling == GREEDY for x in asked)
+    assert leased(stream, "w3").purpose == "train"
+    assert stream.answers("validation 0") is None
+    for lease in reversed(asked):
+        submit_all(stream, lease)
+    groups = stream.answers("validation 0")
+    assert groups is not None and problems_of(groups) == [p.problem_id for p in prompts]
+    assert stream.answers("validation 0") is None, "they are given once"
+    submit_all(stream, first)
+
+
+def test_an_evaluation_survives_the_death_of_its_worker() -> None:
+    stream = stream_of()
+    stream.publish(0)
+    stream.ask("validation 0", [PromptSource(PROBLEMS, TOKENIZER, 0).prompt(0)], [(7,)], GREEDY)
+    lost = leased(stream, "dies")
+    stream.lost("dies")
+    again = leased(stream, "new")
+    assert again == replace(lost, attempt=1)
+    submit_all(stream, again)
+    assert stream.answers("validation 0") is not None
+
+
+# Refilling
+
+
+def test_uniform_groups_are_counted_and_trained_with_the_rest_by_default() -> None:
+    stream = stream_of()
+    stream.publish(0)
+    submit_all(stream, leased(stream), rewards=(1, 1))
+    work_off(stream)
+    share = stream.step_share(0, 0, 1)
+    assert share is not None and len(share.groups) == 6
+    assert share.metrics["reward/uniform_groups"] == 2
+
+
+def test_refilling_samples_further_problems_in_place_of_uniform_groups() -> None:
+    stream = stream_of(refill_uniform_groups=True)
+    stream.publish(0)
+    submit_all(stream, leased(stream), rewards=(1, 1))
+    submit_all(stream, leased(stream), rewards=(0, 0))
+    submit_all(stream, leased(stream))
+    assert stream.step_share(0, 0, 1) is None, "four useful ones are still missing"
+    refills = work_off(stream)
+    assert [lease.step for lease in refills] == [0, 0]
+    share = stream.step_share(0, 0, 1)
+    assert share is not None and len(share.groups) == 6
+    assert (share.tokens_in_step, share.rollouts_in_step) == (18, 12)
+    assert share.metrics["reward/groups"] == 10 and share.metrics["reward/uniform_groups"] == 4
+    assert stream.frontier(1) == 10, "the next step begins after the refills"
+
+
+def test_refilling_ends_where_nothing_helps() -> None:
+    """A policy that solves everything: four times the step is sampled, then the step goes on."""
+    stream = stream_of(refill_uniform_groups=True)
+    stream.publish(0)
+    leases = 0
+    while (lease := stream.lease("w", 0.0)) is not None:
+        submit_all(stream, lease, rewards=(1, 1))
+        leases += 1
+    assert leases == 4 * 3
+    share = stream.step_share(0, 0, 1)
+    assert share is not None and len(share.groups) == 24
+
+
+def test_each_rank_gets_a_group_even_where_few_are_useful() -> None:
+    stream = stream_of(refill_uniform_groups=True)
+    stream.publish(0)
+    submit_all(stream, leased(stream))
+    while (lease := stream.lease("w", 0.0)) is not None:
+        submit_all(stream, lease, rewards=(1, 1))
+    for rank in range(3):
+        share = stream.step_share(0, rank, 3)
+        assert share is not None and share.groups
+    one = stream.step_share(0, 0, 2)
+    assert one is not None and len(one.groups) == 1, "two useful groups are enough for two"
+
+
+def test_which_problems_refill_does_not_depend_on_timing() -> None:
+    """The next step opens only when the refills of this one are decided."""
+    orders = set()
+    for shuffle in range(6):
+        stream = stream_of(refill_uniform_groups=True, max_staleness=2, steps=3)
+        rng = random.Random(shuffle)
+        trained: list[str] = []
+        for step in range(3):
+            stream.publish(step)
+            held: list[Lease] = []
+            while (share := stream.step_share(step, 0, 1)) is None:
+                while len(held) < 2 and (lease := stream.lease("w", 0.0)) is not None:
+                    held.append(lease)
+                lease = held.pop(rng.randrange(len(held)))
+                for group, prompt in zip(finished(lease), lease.prompts, strict=True):
+                    is_easy = int(prompt.problem_id[1:]) % 3 == 0
+                    rewards = (1.0, 1.0) if is_easy else (1.0, 0.0)
+                    stream.submit(
+                        make_group([], [[1], [2]], rewards=rewards, lease=lease, index=group.index)
+                    )
+            trained += problems_of(share.groups)
+            for lease in held:
+                submit_all(stream, lease)
+        orders.add(tuple(trained))
+    assert len(orders) == 1
+
+
+def test_a_step_is_described_by_hand() -> None:
+    right = replace(make_group([], [[1], [2, 3]]).rollouts[0], letter="A")
+    wrong = replace(right, letter="B", reward=0.0, stopped=False, ids=(1, 2, 3))
+    none = replace(wrong, letter=None)
+    group = make_group([], [[1], [2]], version=4)
+    groups = [
+        replace(group, rollouts=(right, wrong), sample_s=1.5),
+        replace(group, rollouts=(none, none), weights_version=5),
+    ]
+    assert describe(groups, step=5) == {
+        "reward/mean": 0.25,
+        "reward/accuracy": 0.25,
+        "reward/committed_fraction": 0.5,
+        "reward/uniform_groups": 1,
+        "reward/groups": 2,
+        "rollout/length_mean": 2.5,
+        "rollout/cut_fraction": 0.75,
+        "rollout/staleness_mean": 0.5,
+        "rollout/staleness_max": 1,
+        "time/sample_s": 1.5,
+    }
