@@ -104,16 +104,18 @@ def chat(config: Config, args: Arguments) -> None:
 
 def export(config: Config, args: Arguments) -> None:
     """write a checkpoint in Hugging Face or nanochat format, read back and compared"""
+    from aquarl.cluster.results import finished_checkpoint
     from aquarl.serve.export import export as write
 
-    print(write(config.run.dir, args.stage, args.out, args.format))
+    print(write(finished_checkpoint(config.run.dir, args.stage), args.out, args.format))
 
 
 def publish(config: Config, args: Arguments) -> None:
     """send a checkpoint to the hub (hf://user/name) or a bucket"""
+    from aquarl.cluster.results import finished_checkpoint
     from aquarl.serve.export import publish as send
 
-    print(send(config.run.dir, args.stage, args.target))
+    print(send(finished_checkpoint(config.run.dir, args.stage), args.target))
 
 
 def import_nanochat(config: Config, args: Arguments) -> None:

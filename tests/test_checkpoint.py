@@ -13,13 +13,13 @@ import fsspec
 import pytest
 import torch
 
+from aquarl.cluster.results import finished_policy
 from aquarl.config import OptimConfig
 from aquarl.errors import CheckpointError, StorageError
 from aquarl.model import checkpoint
 from aquarl.model.checkpoint import (
     checkpoint_folder,
     checkpoints,
-    finished_model,
     latest_checkpoint,
     load_model,
     load_training,
@@ -127,7 +127,7 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="another vocabulary"):
         load_model(folder, "other words")
     with pytest.raises(CheckpointError, match="another vocabulary"):
-        finished_model(str(tmp_path), "sft", "other words")
+        finished_policy(str(tmp_path), "sft", "other words")
     assert is_whole(folder, 1)
 
 
@@ -153,7 +153,7 @@ def test_a_policy_without_training_state_can_be_used_but_not_resumed(tmp_path: P
 def test_a_run_without_checkpoints_says_which_stage_to_run(tmp_path: Path) -> None:
     assert latest_checkpoint(stage_folder(str(tmp_path), "sft")) is None
     with pytest.raises(CheckpointError, match="Run `aquarl sft`"):
-        finished_model(str(tmp_path), "sft", "words")
+        finished_policy(str(tmp_path), "sft", "words")
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         load_model(str(tmp_path / "nothing"))
 
@@ -246,7 +246,7 @@ def test_a_bucket_holds_checkpoints_like_a_disk(bucket: str) -> None:
     stage = stage_folder(run, "sft")
     assert checkpoints(stage) == [first, second]
     assert is_whole(first, 1) and is_whole(second, 2)
-    finished = finished_model(run, "sft", "words").state_dict()
+    finished = finished_policy(run, "sft", "words").state_dict()
     torch.testing.assert_close(finished, random_model(seed=2).state_dict(), rtol=0, atol=0)
 
 

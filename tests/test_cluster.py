@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from aquarl.cli import main
+from aquarl.cluster.results import finished_policy
 from aquarl.config import load_config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.engines.torch_engine import TorchSampler
-from aquarl.model.checkpoint import finished_model
 from aquarl.model.gpt import GPT
 from aquarl.records import Metrics
 from aquarl.rl.learner import Learner
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 
 def weights(run: Path, stage: str = "rl") -> dict[str, torch.Tensor]:
     words = Tokenizer.load(f"{run}/tokenizer")
-    return finished_model(str(run), stage, words.fingerprint).state_dict()
+    return finished_policy(str(run), stage, words.fingerprint).state_dict()
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -54,7 +54,7 @@ def in_process(finished_run: Path, tiny: str) -> tuple[dict[str, torch.Tensor], 
     config = load_config(tiny, [f"run.dir={finished_run}"])
     words = Tokenizer.load(f"{finished_run}/tokenizer")
     splits = load_problems(config.data, config.run.seed)
-    model = finished_model(str(finished_run), "sft", words.fingerprint)
+    model = finished_policy(str(finished_run), "sft", words.fingerprint)
     stream = InProcess(
         RolloutStream(PromptSource(splits.train, words, config.run.seed), config.rl),
         TorchSampler(GPT(model.shape), words.end_of_turn, "cpu"),

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load, save
 
 import aquarl.serve.export as export_module
+from aquarl.cluster.results import finished_checkpoint
 from aquarl.config import EvaluateConfig
 from aquarl.errors import AquarlError, CheckpointError, ConfigError, StorageError
 from aquarl.evaluate.evaluator import evaluate_policy, evaluation_summary
@@ -67,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def exported(run: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("exported") / "new" / "model")
-    assert f"It is in {out}." in export(run, "sft", out, "hf")
+    assert f"It is in {out}." in export(finished_checkpoint(run, "sft"), out, "hf")
     return out
 
 
@@ -148,7 +149,7 @@ def test_the_model_card_says_when_nothing_was_measured(run: str, tmp_path: Path)
     folder = checkpoint_folder(f"{tmp_path}/run", "base", 1)
     fingerprint = TOKENIZER.fingerprint
     save_checkpoint(folder, model, stage="base", step=1, tokenizer_fingerprint=fingerprint)
-    export(f"{tmp_path}/run", "base", str(tmp_path / "out"))
+    export(finished_checkpoint(f"{tmp_path}/run", "base"), str(tmp_path / "out"))
     assert "Nothing was measured" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -157,11 +158,11 @@ def test_a_damaged_report_is_named(tmp_path: Path) -> None:
     for damage in ("{", "[]"):
         Path(run, "report.json").write_text(damage)
         with pytest.raises(CheckpointError, match=r"report\.json is damaged"):
-            export(run, "sft", str(tmp_path / "out"))
+            export(finished_checkpoint(run, "sft"), str(tmp_path / "out"))
 
 
 def test_nanochat_format_comes_back_unchanged(run: str, tmp_path: Path) -> None:
-    done = export(run, "sft", str(tmp_path / "out"), "nanochat")
+    done = export(finished_checkpoint(run, "sft"), str(tmp_path / "out"), "nanochat")
     assert "within 0.0e+00" in done
     model, tokenizer, meta = read_nanochat(str(tmp_path / "out"))
     assert tokenizer.fingerprint == TOKENIZER.fingerprint and meta["step"] == 12
@@ -184,7 +185,7 @@ def test_an_export_that_computes_something_else_is_not_put_in_place(
 
     monkeypatch.setattr(export_module, "hf_files", with_one_wrong_weight)
     with pytest.raises(CheckpointError, match="not put in place"):
-        export(run, "sft", str(tmp_path / "out"))
+        export(finished_checkpoint(run, "sft"), str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,7 +195,7 @@ def test_weights_of_nan_are_not_exported(tmp_path: Path) -> None:
         model.lm_head.weight[0, 0] = float("nan")
     run = save_run(tmp_path / "run", model)
     with pytest.raises(CheckpointError, match="nan"):
-        export(run, "sft", str(tmp_path / "out"), "nanochat")
+        export(finished_checkpoint(run, "sft"), str(tmp_path / "out"), "nanochat")
     assert not (tmp_path / "out").exists()
 
 
@@ -202,13 +203,13 @@ def test_an_export_replaces_nothing(run: str, exported: str) -> None:
     before = files_below(Path(exported))
     for out in (exported, str(Path(exported) / "config.json")):
         with pytest.raises(StorageError, match="already holds something"):
-            export(run, "sft", out)
+            export(finished_checkpoint(run, "sft"), out)
     assert files_below(Path(exported)) == before
 
 
 def test_an_empty_folder_is_filled(run: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    export(run, "sft", str(tmp_path / "out"), "nanochat")
+    export(finished_checkpoint(run, "sft"), str(tmp_path / "out"), "nanochat")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == ["meta_000012.json", "model_000012.pt", "token_bytes.pt", "tokenizer.pkl"]
@@ -218,20 +219,20 @@ def test_a_place_that_cannot_be_written_is_named(run: str, tmp_path: Path) -> No
     (tmp_path / "file").write_text("kept")
     out = str(tmp_path / "file" / "out")
     with pytest.raises(StorageError, match="Could not write to"):
-        export(run, "sft", out)
+        export(finished_checkpoint(run, "sft"), out)
     with pytest.raises(StorageError, match="Could not write to nosuch://"):
-        export(run, "sft", "nosuch://bucket/out")
+        export(finished_checkpoint(run, "sft"), "nosuch://bucket/out")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_cannot_be_exported_is_told_in_one_sentence(run: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint of rl .* `aquarl rl`"):
-        export(run, "rl", out)
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint of the rl .* `aquarl rl`"):
+        export(finished_checkpoint(run, "rl"), out)
     with pytest.raises(ConfigError, match="no format 'gguf'"):
-        export(run, "sft", out, "gguf")  # type: ignore[arg-type]
+        export(finished_checkpoint(run, "sft"), out, "gguf")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="aquarl publish hf://ada/x"):
-        export(run, "sft", "hf://ada/x")
+        export(finished_checkpoint(run, "sft"), "hf://ada/x")
 
 
 def test_without_transformers_nothing_is_written_unchecked(
@@ -239,9 +240,9 @@ def test_without_transformers_nothing_is_written_unchecked(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(AquarlError, match="pip install -U transformers"):
-        export(run, "sft", str(tmp_path / "out"), "hf")
+        export(finished_checkpoint(run, "sft"), str(tmp_path / "out"), "hf")
     assert list(tmp_path.iterdir()) == []
-    export(run, "sft", str(tmp_path / "out"), "nanochat")  # needs none
+    export(finished_checkpoint(run, "sft"), str(tmp_path / "out"), "nanochat")  # needs none
 
 
 @pytest.fixture(scope="module")
@@ -269,20 +270,20 @@ def test_a_bucket_receives_what_was_checked(
     run: str, exported: str, bucket: str, tmp_path: Path
 ) -> None:
     address = f"{bucket}/models/sft"
-    assert f"It is in {address}." in publish(run, "sft", address)
+    assert f"It is in {address}." in publish(finished_checkpoint(run, "sft"), address)
     fs = fsspec.filesystem("s3")
     fs.get(f"{address}/", f"{tmp_path}/", recursive=True)
     arrived = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert arrived == {p.name: p.read_bytes() for p in Path(exported).iterdir()}
 
     with pytest.raises(StorageError, match="already holds something"):
-        publish(run, "sft", address)
+        publish(finished_checkpoint(run, "sft"), address)
     assert len(fs.ls(address)) == len(arrived)
 
 
 def test_a_run_in_a_bucket_is_exported_from_there(run: str, bucket: str, tmp_path: Path) -> None:
     fsspec.filesystem("s3").put(f"{run}/", f"{bucket}/run/", recursive=True)
-    export(f"{bucket}/run", "sft", str(tmp_path / "out"), "nanochat")
+    export(finished_checkpoint(f"{bucket}/run", "sft"), str(tmp_path / "out"), "nanochat")
     assert read_nanochat(str(tmp_path / "out"))[2]["step"] == 12
 
 
@@ -295,9 +296,9 @@ def test_publishing_needs_a_name_and_a_token(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     with pytest.raises(ConfigError, match="hf://USER/NAME"):
-        publish(run, "sft", "hf://just-a-name")
+        publish(finished_checkpoint(run, "sft"), "hf://just-a-name")
     with pytest.raises(StorageError, match="set HF_TOKEN"):
-        publish(run, "sft", "hf://ada/model")
+        publish(finished_checkpoint(run, "sft"), "hf://ada/model")
 
 
 def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(
@@ -308,6 +309,6 @@ def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(
     monkeypatch.setenv("HF_TOKEN", "hf_not_a_real_token")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(StorageError, match="Could not write to hf://ada/model: ") as error:
-        publish(run, "sft", "hf://ada/model")
+        publish(finished_checkpoint(run, "sft"), "hf://ada/model")
     assert "\n" not in str(error.value)
     assert "hf_not_a_real_token" not in str(error.value)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from aquarl.cli import main
+from aquarl.cluster.results import finished_policy
 from aquarl.config import load_config
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.model.checkpoint import checkpoints, finished_model, latest_checkpoint
+from aquarl.model.checkpoint import checkpoints, latest_checkpoint
 from aquarl.observe.metrics import read_metrics
 from aquarl.rl.prompts import PromptSource
 from aquarl.tasks.catalog import load_problems
@@ -34,7 +35,7 @@ def test_every_stage_leaves_its_result_its_curve_and_a_whole_checkpoint(finished
         assert [row["step"] for row in curves[stage]] == list(range(steps + 1))
         newest = latest_checkpoint(f"{finished_run}/checkpoints/{stage}")
         assert newest is not None and newest.endswith(f"step_{steps:06d}")
-        assert finished_model(str(finished_run), stage, words.fingerprint).shape.width == 64
+        assert finished_policy(str(finished_run), stage, words.fingerprint).shape.width == 64
 
 
 def test_the_time_of_the_stages_adds_up_to_that_of_the_command(finished_run: Path) -> None:

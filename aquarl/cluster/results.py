@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
 
 from aquarl.config import Config, to_toml
-from aquarl.errors import CheckpointError, ConfigError, StorageError
+from aquarl.errors import CheckpointError, ConfigError
 from aquarl.records import Metrics
+from aquarl.storage import put
 
 if TYPE_CHECKING:
     from aquarl.model.gpt import GPT
@@ -127,14 +127,37 @@ def finished_policy(run_dir: str, stage: str, tokenizer_fingerprint: str) -> GPT
     Raises:
         CheckpointError: There is none, or it is damaged or of another vocabulary.
     """
-    from aquarl.model.checkpoint import checkpoint_folder, finished_model, load_model
+    from aquarl.model.checkpoint import load_model
+
+    return load_model(finished_checkpoint(run_dir, stage), tokenizer_fingerprint)
+
+
+def finished_checkpoint(run_dir: str, stage: str) -> str:
+    """Return the folder of the checkpoint that a stage ended with, or has reached so far.
+
+    Raises:
+        CheckpointError: There is none, or the stage is finished and its last one is damaged.
+    """
+    from aquarl.model.checkpoint import (
+        checkpoint_folder,
+        latest_checkpoint,
+        read_meta,
+        stage_folder,
+    )
 
     recorded = _get_json(f"{run_dir}/results/{stage}.json")
     if recorded is None:  # an imported checkpoint, or a stage that is under way
-        return finished_model(run_dir, stage, tokenizer_fingerprint)
+        newest = latest_checkpoint(stage_folder(run_dir, stage))
+        if newest is None:
+            raise CheckpointError(
+                f"There is no whole checkpoint of the {stage} stage in {run_dir}. Run `aquarl "
+                f"{stage}` with the same settings first, or name the run and the stage you mean."
+            )
+        return newest
     folder = checkpoint_folder(run_dir, stage, recorded["steps"])
     try:
-        return load_model(folder, tokenizer_fingerprint)
+        read_meta(folder)
+        return folder
     except CheckpointError as error:
         raise CheckpointError(
             f"The {stage} stage in {run_dir} is finished, but what it ended with cannot be used. "
@@ -145,29 +168,12 @@ def finished_policy(run_dir: str, stage: str, tokenizer_fingerprint: str) -> GPT
 
 def write_config(config: Config) -> None:
     """Keep the settings in the run directory. Raises: StorageError."""
-    _put(f"{config.run.dir}/config.toml", to_toml(config).encode())
+    put(f"{config.run.dir}/config.toml", to_toml(config).encode())
 
 
 def put_json(path: str, value: Any) -> None:
     """Write a file whole or not at all. Raises: StorageError; what stood there stands."""
-    _put(path, json.dumps(value, indent=1).encode())
-
-
-def _put(path: str, body: bytes) -> None:
-    try:
-        fs, where = fsspec.url_to_fs(path)
-        fs.makedirs(where.rsplit("/", 1)[0], exist_ok=True)
-        if "file" not in fs.protocol:
-            fs.pipe_file(where, body)
-            return
-        aside = Path(f"{where}.writing")
-        aside.write_bytes(body)
-        aside.replace(where)
-    except Exception as error:
-        raise StorageError(
-            f"Could not write {path}: {getattr(error, 'strerror', None) or error}. "
-            "Free some space or choose another run.dir, then start the same command again."
-        ) from error
+    put(path, json.dumps(value, indent=1).encode())
 
 
 def _get_json(path: str) -> Any:

@@ -19,8 +19,9 @@ import fsspec
 import rustbpe
 import tiktoken
 
-from aquarl.errors import CheckpointError, DataError, StorageError
+from aquarl.errors import CheckpointError, DataError
 from aquarl.records import Conversation
+from aquarl.storage import put_together
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
@@ -175,19 +176,7 @@ class Tokenizer:
             "bytes_per_token.json": json.dumps(self.bytes_per_token),
             "tokenizer.json": json.dumps(about, indent=1),
         }
-        fs, path = fsspec.url_to_fs(folder)
-        try:
-            fs.makedirs(path, exist_ok=True)
-            for name, text in files.items():
-                fs.pipe_file(f"{path}/{name}.writing", text.encode())
-            for name in files:
-                fs.mv(f"{path}/{name}.writing", f"{path}/{name}")
-        except Exception as error:  # a bucket can fail in as many ways as there are clients
-            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise StorageError(
-                f"Could not save the tokenizer to {folder}: {why}. "
-                "Free some space or choose another run.dir, then start the same command again."
-            ) from error
+        put_together(folder, {name: text.encode() for name, text in files.items()})
 
     @classmethod
     def load(cls, folder: str) -> Tokenizer:

@@ -22,10 +22,11 @@ import fsspec
 import torch
 from fsspec import AbstractFileSystem
 
-from aquarl.errors import DataError, StorageError
+from aquarl.errors import DataError
 from aquarl.evaluate.page import markdown
 from aquarl.evaluate.plots import all_plots
 from aquarl.observe.metrics import read_metrics
+from aquarl.storage import put
 
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
 FINAL = (
@@ -60,9 +61,8 @@ def write_report(run_dir: str) -> str:
     numbers = json.dumps(_finite(_without_lists(facts)), indent=1, ensure_ascii=False)
     files = {f"plots/{name}": picture for name, picture in plots.items()}
     files |= {"report.json": numbers.encode(), "report.md": page.encode()}
-    fs, folder = fsspec.url_to_fs(run_dir)
     for name, body in files.items():
-        _put(fs, f"{folder.rstrip('/')}/{name}", body)
+        put(f"{run_dir.rstrip('/')}/{name}", body)
     return f"{run_dir.rstrip('/')}/report.md"
 
 
@@ -177,21 +177,6 @@ def _last_transcript(fs: AbstractFileSystem, folder: str) -> dict[str, Any]:
     except (ValueError, IndexError):
         return {}
     return row if isinstance(row, dict) else {}
-
-
-def _put(fs: AbstractFileSystem, path: str, body: bytes) -> None:
-    is_local = "file" in fs.protocol
-    target = f"{path}.writing" if is_local else path  # a bucket's write is whole or not at all
-    try:
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        fs.pipe_file(target, body)
-        if is_local:
-            os.replace(target, path)
-    except OSError as error:
-        raise StorageError(
-            f"Could not write {path}: {error.strerror or error}. An earlier report is as it was. "
-            "Free some space or mend the permissions, then run `aquarl report` again."
-        ) from error
 
 
 def _cpu_model() -> str:

@@ -10,7 +10,6 @@ Works on any fsspec path; on a bucket, where nothing can be moved, `meta.json` i
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import re
@@ -19,13 +18,13 @@ from typing import Any
 
 import fsspec
 import torch
-from fsspec import AbstractFileSystem
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from aquarl.errors import CheckpointError, StorageError
+from aquarl.errors import CheckpointError
 from aquarl.model.gpt import GPT, Shape
+from aquarl.storage import put_together
 
 
 def save_checkpoint(
@@ -70,50 +69,13 @@ def save_checkpoint(
     }
     meta["crc32"] = _sum_of(meta)
     files["meta.json"] = json.dumps(meta, indent=1).encode()  # last: it is what counts
-    write_together(folder, files)
+    put_together(folder, files)
 
 
 def _sum_of(meta: dict[str, Any]) -> int:
     """Return the CRC-32 of everything in a meta.json but itself."""
     rest = json.loads(json.dumps({key: meta[key] for key in meta if key != "crc32"}))
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
-def write_together(folder: str, files: dict[str, bytes]) -> None:
-    """Write all these files of a folder in order, or leave the folder as it was.
-
-    Raises:
-        StorageError: The place is full, away or forbidden.
-    """
-    fs, path = fsspec.url_to_fs(folder)
-    is_local = "file" in fs.protocol
-    target = f"{path}.writing" if is_local else path
-    try:
-        if fs.exists(target):
-            fs.rm(target, recursive=True)
-        fs.makedirs(target, exist_ok=True)
-        for name, body in files.items():
-            fs.pipe_file(f"{target}/{name}", body)
-            if fs.info(f"{target}/{name}")["size"] != len(body):
-                raise OSError(errno.EIO, "fewer bytes arrived than were sent")
-        if is_local:
-            if fs.exists(path):
-                fs.rm(path, recursive=True)
-            fs.mv(target, path, recursive=True)
-    except Exception as error:
-        _forget(fs, target)
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise StorageError(
-            f"Could not save to {folder}: {why}. Earlier checkpoints are as they were. "
-            "Free some space or choose another run.dir, then start the same command again."
-        ) from error
-
-
-def _forget(fs: AbstractFileSystem, path: str) -> None:
-    try:
-        fs.rm(path, recursive=True)
-    except Exception:  # the place may be gone altogether; the next save cleans up
-        return
 
 
 def named(model: GPT) -> dict[str, torch.Tensor]:
@@ -222,21 +184,6 @@ def latest_checkpoint(stage_dir: str) -> str | None:
             continue
         return folder
     return None
-
-
-def finished_model(run_dir: str, stage: str, tokenizer_fingerprint: str) -> GPT:
-    """Return the policy of a run that this stage ended with.
-
-    Raises:
-        CheckpointError: There is none, or it is damaged or of another vocabulary.
-    """
-    folder = latest_checkpoint(stage_folder(run_dir, stage))
-    if folder is None:
-        raise CheckpointError(
-            f"There is no whole checkpoint of the {stage} stage in {run_dir}. "
-            f"Run `aquarl {stage}` with the same settings first."
-        )
-    return load_model(folder, tokenizer_fingerprint)
 
 
 def stage_folder(run_dir: str, stage: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import fsspec
 
 from aquarl.records import RolloutGroup
+from aquarl.storage import put
 
 
 class Ledger:
@@ -19,11 +20,11 @@ class Ledger:
 
     def __init__(self, run_dir: str, step: int) -> None:
         """Open the ledger of a run that stands at this step, taking back what came after it."""
-        self._fs, folder = fsspec.url_to_fs(run_dir)
-        self._path = f"{folder}/ledger.jsonl"
+        self._path = f"{run_dir}/ledger.jsonl"
         self._lines: list[str] = []
-        if self._fs.exists(self._path):
-            lines = self._fs.cat_file(self._path).decode().splitlines()
+        fs, path = fsspec.url_to_fs(self._path)
+        if fs.exists(path):
+            lines = fs.cat_file(path).decode().splitlines()
             self._lines = [line for line in lines if json.loads(line)["step"] < step]
 
     def add(self, step: int, groups: Sequence[RolloutGroup]) -> None:
@@ -44,6 +45,5 @@ class Ledger:
         ]
 
     def write(self) -> None:
-        """Make the file say all of it. Raises: OSError."""
-        self._fs.makedirs(self._path.rsplit("/", 1)[0], exist_ok=True)
-        self._fs.pipe_file(self._path, "".join(f"{line}\n" for line in self._lines).encode())
+        """Make the file say all of it. Raises: StorageError."""
+        put(self._path, "".join(f"{line}\n" for line in self._lines).encode())

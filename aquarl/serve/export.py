@@ -1,4 +1,4 @@
-"""The newest checkpoint of a stage in, a folder that others can load out: checked, then placed.
+"""A checkpoint in, a folder that others can load out: checked, then placed.
 
 Files are made by `serve.hf` or `serve.nanochat`, written aside, loaded again by the code that will
 load them there (transformers' own class for Hugging Face), and their logits compared with the
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import AquarlError, CheckpointError, ConfigError, StorageError
-from aquarl.model.checkpoint import latest_checkpoint, load_model, read_meta, write_together
+from aquarl.model.checkpoint import load_model, read_meta
 from aquarl.model.gpt import GPT
 from aquarl.records import Conversation, Message
 from aquarl.serve.hf import hf_files
 from aquarl.serve.nanochat import nanochat_files, read_nanochat
+from aquarl.storage import put_together
 
 Format = Literal["hf", "nanochat"]
 
@@ -42,12 +43,12 @@ SAMPLE = Conversation(
 """What both tokenizers must render alike: digits, newlines, symbols, a system message, turns."""
 
 
-def export(run_dir: str, stage: str, out: str, format: Format = "hf") -> str:
-    """Write the newest checkpoint of a stage in another format, or change nothing.
+def export(checkpoint: str, out: str, format: Format = "hf") -> str:
+    """Write a checkpoint in another format, or change nothing.
 
     Args:
-        run_dir: The run; its `report.json`, if there is one, fills the model card.
-        stage: "base", "mid", "sft" or "rl".
+        checkpoint: `RUN/checkpoints/STAGE/step_NNNNNN`. The tokenizer is RUN's, and RUN's
+            `report.json`, if there is one, fills the model card.
         out: Empty or new folder, local or any fsspec address.
         format: "hf" for transformers and vLLM, "nanochat" for nanochat of October 2025.
 
@@ -66,19 +67,19 @@ def export(run_dir: str, stage: str, out: str, format: Format = "hf") -> str:
     if out.startswith("hf://"):
         raise ConfigError(f"{out} is on the hub; sending there is `aquarl publish {out}`.")
     _refuse_occupied(out)
-    files, what = _checked_files(run_dir, stage, format, aside=_folder_above(out))
+    files, what = _checked_files(checkpoint, format, aside=_folder_above(out))
     with _storing(out):
-        write_together(out, files)
+        put_together(out, files)
     return f"{what} It is in {out}."
 
 
-def publish(run_dir: str, stage: str, target: str) -> str:
-    """Send the newest checkpoint of a stage, in Hugging Face format, to the hub or a bucket.
+def publish(checkpoint: str, target: str) -> str:
+    """Send a checkpoint, in Hugging Face format, to the hub or a bucket.
 
     On the hub all files arrive in one commit; what was there before stays in its history.
 
     Args:
-        run_dir, stage: As for `export`.
+        checkpoint: As for `export`.
         target: `hf://USER/NAME`, or an address for `export`.
 
     Returns:
@@ -90,7 +91,7 @@ def publish(run_dir: str, stage: str, target: str) -> str:
         CheckpointError: As for `export`.
     """
     if not target.startswith("hf://"):
-        return export(run_dir, stage, target, "hf")
+        return export(checkpoint, target, "hf")
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     name = target.removeprefix("hf://").strip("/")
@@ -105,7 +106,7 @@ def publish(run_dir: str, stage: str, target: str) -> str:
             f"There is no token for the Hugging Face hub, so nothing can be sent to {target}. "
             "Make one with write access at huggingface.co/settings/tokens and set HF_TOKEN to it."
         )
-    files, what = _checked_files(run_dir, stage, "hf", aside=None)
+    files, what = _checked_files(checkpoint, "hf", aside=None)
     with _storing(target):
         hub = HfApi(token=token)
         hub.create_repo(name, exist_ok=True)
@@ -118,15 +119,10 @@ def publish(run_dir: str, stage: str, target: str) -> str:
 
 
 def _checked_files(
-    run_dir: str, stage: str, format: Format, aside: Path | None
+    checkpoint: str, format: Format, aside: Path | None
 ) -> tuple[dict[str, bytes], str]:
     """Return the files to place, after loading a copy of them, and a sentence about them."""
-    checkpoint = latest_checkpoint(f"{run_dir}/checkpoints/{stage}")
-    if checkpoint is None:
-        raise CheckpointError(
-            f"There is no whole checkpoint of {stage} in {run_dir}. Run `aquarl {stage}` first, "
-            "or name the run and the stage that you mean."
-        )
+    run_dir, _, stage, _ = checkpoint.rsplit("/", 3)
     tokenizer = Tokenizer.load(f"{run_dir}/tokenizer")
     model = load_model(checkpoint, tokenizer.fingerprint).eval()
     step = read_meta(checkpoint)["step"]

@@ -1,0 +1,84 @@
+"""Bytes in, files that are whole or not there out: on a disk, in a bucket, after a crash.
+
+Everything that must never be found half-written goes through here: checkpoints, the tokenizer, the
+ledger, results, reports, exports. On a disk it is written aside and renamed into place; in a bucket
+a file arrives whole or not at all, and of several files the last one written is what counts.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import fsspec
+from fsspec import AbstractFileSystem
+
+from aquarl.errors import StorageError
+
+
+def put(path: str, body: bytes) -> None:
+    """Write one file, or leave what stood there. Raises: StorageError."""
+    fs, where = fsspec.url_to_fs(path)
+    aside = f"{where}.writing" if _can_rename(fs) else where
+    try:
+        fs.makedirs(where.rsplit("/", 1)[0], exist_ok=True)
+        _pipe(fs, aside, body)
+        if aside != where:
+            fs.mv(aside, where)
+    except Exception as error:  # a bucket can fail in as many ways as there are clients
+        if aside != where:
+            _forget(fs, aside)
+        raise _refusal(path, error) from error
+
+
+def put_together(folder: str, files: dict[str, bytes]) -> None:
+    """Write all these files of a folder, in order, or leave the folder as it was.
+
+    In a bucket, where nothing can be renamed, readers go by the last of them.
+
+    Raises:
+        StorageError: The place is full, away or forbidden.
+    """
+    fs, path = fsspec.url_to_fs(folder)
+    target, replaced = (f"{path}.writing", f"{path}.replaced") if _can_rename(fs) else (path, path)
+    try:
+        for left_over in (target, replaced):
+            if fs.exists(left_over):
+                fs.rm(left_over, recursive=True)
+        fs.makedirs(target, exist_ok=True)
+        for name, body in files.items():
+            _pipe(fs, f"{target}/{name}", body)
+        if target != path:  # by renaming alone, so `path` never names a part of a folder
+            if fs.exists(path):
+                fs.mv(path, replaced, recursive=True)
+            fs.mv(target, path, recursive=True)
+            _forget(fs, replaced)
+    except Exception as error:
+        _forget(fs, target)
+        raise _refusal(folder, error) from error
+
+
+def _can_rename(fs: AbstractFileSystem) -> bool:
+    return "file" in fs.protocol
+
+
+def _pipe(fs: AbstractFileSystem, path: str, body: bytes) -> None:
+    fs.pipe_file(path, body)
+    if fs.info(path)["size"] != len(body):
+        raise OSError(errno.EIO, "fewer bytes arrived than were sent")
+
+
+def _forget(fs: AbstractFileSystem, path: str) -> None:
+    try:
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+    except Exception:  # the place may be gone altogether; the next write cleans up
+        return
+
+
+def _refusal(path: str, error: Exception) -> StorageError:
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return StorageError(
+        f"Could not write {path}: {why}. What was saved before is as it was. "
+        "Free some space or choose another place (a run's is run.dir), then start the same command "
+        "again."
+    )
