@@ -63,17 +63,17 @@ lint: setup ## ruff and mypy, as in CI
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# vLLM's CPU build lives apart: it brings some 90 packages more and its own pins (setuptools).
-# torchvision and its kin come from the public index as CUDA builds, which break beside CPU torch.
+# vLLM's CPU build lives apart: it brings some 90 packages more and its own pins (numpy).
 .PHONY: test-vllm
-test-vllm: VENV := .venv-vllm
-test-vllm: ## the tests of the vLLM engine on the CPU, in .venv-vllm
-	@cmp -s requirements.lock $(VENV)/installed.lock \
-		|| $(MAKE) --no-print-directory install-vllm VENV=$(VENV)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=WARNING \
-	TORCHDYNAMO_DISABLE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_OMP_THREADS_BIND=nobind \
-	$(VENV)/bin/python -m pytest -m vllm
+test-vllm: setup-vllm ## the tests of the vLLM engine on the CPU, in .venv-vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm
 
+.PHONY: setup-vllm
+setup-vllm: ## make .venv-vllm, for rl.engine=vllm without a GPU
+	@cmp -s requirements.lock .venv-vllm/installed.lock \
+		|| $(MAKE) --no-print-directory install-vllm VENV=.venv-vllm
+
+# torchvision and its kin come from the public index as CUDA builds, which break beside CPU torch.
 .PHONY: install-vllm
 install-vllm: install
 	@rm $(VENV)/installed.lock

@@ -133,6 +133,25 @@ def doctor(config: Config, args: Arguments) -> None:
     print_findings(examine(config.run.dir, config.cluster.address))
 
 
+def bench(config: Config, args: Arguments) -> None:
+    """speed of one piece of the work on this machine, and its distance from the limit"""
+    from aquarl.bench.lines import as_text
+    from aquarl.bench.lines import bench as measured
+    from aquarl.bench.work import Work
+
+    chosen = {name: getattr(args, name) for name in Work.__dataclass_fields__}
+    lines = measured(
+        args.kind,
+        Work(**chosen),
+        engines=args.engine,
+        repeats=args.repeats,
+        threads=args.threads,
+        device=args.device,
+    )
+    for line in lines:
+        print(json.dumps(line) if args.json else as_text(line))
+
+
 def submit(config: Config, args: Arguments) -> None:
     """send a stage to a running cluster as a Ray job and follow it"""
     from aquarl.cluster.control import submit as send
@@ -163,16 +182,38 @@ def _stages(config: Config, *names: str) -> None:
     run_stages(config, names)
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or text == "0":
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; write 1 or more")
+    return int(text)
+
+
 Command = Callable[[Config, Arguments], None]
 COMMANDS: dict[str, Command] = {
     command.__name__.replace("_", "-"): command
     for command in (
-        demo, tokenizer, base, mid, sft, rl, evaluate, report, pipeline, grade, submit, scale,
-        status, chat, export, publish, import_nanochat, doctor,
+        demo, tokenizer, base, mid, sft, rl, evaluate, report, pipeline, grade, bench, submit,
+        scale, status, chat, export, publish, import_nanochat, doctor,
     )
 }  # fmt: skip
 EXTRA_ARGUMENTS: dict[str, tuple[tuple[str, dict[str, object]], ...]] = {
     "grade": (("file", {"help": "JSON lines"}),),
+    "bench": (
+        ("kind", {"choices": ("rollouts", "learner", "step", "sft"), "metavar": "WHAT"}),
+        ("--size", {"default": "d2", "help": "d2, d4, d8 or LAYERS,WIDTH,HEADS,VOCABULARY"}),
+        ("--engine", {"nargs": "+", "choices": ("torch", "vllm"), "default": ["torch"]}),
+        ("--prompts", {"type": _count, "default": 16}),
+        ("--samples", {"type": _count, "default": 16, "help": "answers to each prompt"}),
+        ("--max-new", {"type": _count, "default": 64, "help": "tokens of each answer"}),
+        ("--rows", {"type": _count, "default": 32, "help": "of a supervised step"}),
+        ("--context", {"type": _count, "default": 256, "help": "tokens of such a row"}),
+        ("--problems", {"metavar": "FILE", "help": "as data.task; generated ones without it"}),
+        ("--threads", {"type": _count, "default": 1}),
+        ("--device", {"choices": ("cpu", "cuda"), "default": "cpu"}),
+        ("--repeats", {"type": _count, "default": 5, "help": "after one that does not count"}),
+        ("--seed", {"type": int, "default": 0}),
+        ("--json", {"action": "store_true", "help": "print one JSON object a line"}),
+    ),
     "scale": (("workers", {"type": int, "help": "how many"}),),
     "submit": (("job", {"help": "a stage, evaluate, report or pipeline"}),),
     "export": (

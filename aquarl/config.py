@@ -170,7 +170,8 @@ class RLConfig(OptimConfig):
     """Used to sample and, identically, to score the sampled tokens in the learner."""
     top_k: NonNegativeInt = 0
     top_p: float = Field(1.0, gt=0, le=1)
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "vllm"] = "torch"
+    """Who samples: plain torch, or vLLM, which is an extra install and pays on GPUs."""
     rollout_workers: PositiveInt = 1
     max_staleness: NonNegativeInt = 1
     """How many versions behind the learner a group may have been sampled; 0 is on-policy."""

@@ -119,7 +119,8 @@ def check_vllm() -> Finding:
         if found.state == "ok":
             return found
     what = "not installed; only rl.engine=vllm needs it, rl.engine=torch samples without"
-    return Finding("vllm", "note", what, ".venv/bin/pip install -e '.[vllm]', on a GPU machine")
+    do = ".venv/bin/pip install -e '.[vllm]'    # with a GPU; without one: make setup-vllm"
+    return Finding("vllm", "note", what, do)
 
 
 def check_torch() -> Finding:

@@ -70,7 +70,12 @@ class RolloutWorker:
 
 def sampler_maker(config: Config, shape: Shape, tokenizer: Tokenizer) -> Callable[[], Sampler]:
     """Return what builds the configured engine, on the machine that calls it."""
-    threads, has_gpu = config.cluster.threads, config.cluster.rollout_gpus > 0
+    threads = config.cluster.threads
+    device = "cuda" if config.cluster.rollout_gpus > 0 else "cpu"
+    rows = max(
+        config.rl.prompts_per_lease * config.rl.rollouts_per_prompt,
+        config.evaluate.prompts_per_batch * config.evaluate.samples,
+    )
 
     def make_torch() -> Sampler:
         import torch
@@ -78,10 +83,17 @@ def sampler_maker(config: Config, shape: Shape, tokenizer: Tokenizer) -> Callabl
         from aquarl.engines.torch_engine import TorchSampler
 
         torch.set_num_threads(threads)
-        device = "cuda" if has_gpu else "cpu"
         return TorchSampler(GPT(shape), tokenizer.end_of_turn, device)
 
-    return make_torch
+    def make_vllm() -> Sampler:
+        import torch
+
+        from aquarl.engines.vllm_engine import VllmSampler
+
+        torch.set_num_threads(threads)  # vLLM's, too, and it allows no change later
+        return VllmSampler(shape, tokenizer.end_of_turn, device, rows=rows)
+
+    return {"torch": make_torch, "vllm": make_vllm}[config.rl.engine]
 
 
 def hire(

@@ -22,6 +22,7 @@ from aquarl.config import RLConfig
 from aquarl.model.attention import Continuation, Prefix
 from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT
+from aquarl.model.head import token_logprobs
 from aquarl.model.modes import accumulating, autocast
 from aquarl.model.optim import Optimizer, clip_gradients, lr_at
 from aquarl.records import Metrics, RolloutGroup, TrainBatch, Weights
@@ -53,15 +54,14 @@ class Scorer(nn.Module):
             hidden_BTD = torch.cat([hidden_BTD, after_BTD], dim=1)
 
         is_sampled_BT = batch.is_sampled_BT
-        logits_NV = self.model.logits(hidden_BTD[is_sampled_BT]) / self.temperature
-        all_logprobs_NV = logits_NV.log_softmax(dim=-1)
-        ids_N = batch.answer_ids_BT[is_sampled_BT]
-        logprobs_N = all_logprobs_NV.gather(1, ids_N[:, None])[:, 0]
+        logprobs_N, entropy_N = token_logprobs(
+            self.model,
+            hidden_BTD[is_sampled_BT],
+            batch.answer_ids_BT[is_sampled_BT],
+            self.temperature,
+        )
         logprobs_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
-        logprobs_BT = logprobs_BT.masked_scatter(is_sampled_BT, logprobs_N)
-        with torch.no_grad():
-            entropy = -(all_logprobs_NV.exp() * all_logprobs_NV).sum()
-        return logprobs_BT, entropy
+        return logprobs_BT.masked_scatter(is_sampled_BT, logprobs_N), entropy_N.sum()
 
 
 class Learner:

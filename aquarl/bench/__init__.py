@@ -1,0 +1,1 @@
+"""How fast is this machine at each piece of the work, and how far is that from its limit?"""

@@ -1,0 +1,90 @@
+"""Pieces of work in, a line of figures each out: medians with their spread, beside the floor.
+
+Several pieces are run in turn, so that a neighbour on the machine slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from aquarl.bench.pieces import Piece
+from aquarl.evaluate.report import cpu_model
+
+Figures = dict[str, Any]
+
+
+def measure(pieces: Mapping[str, Piece], repeats: int, device: str) -> dict[str, Figures]:
+    """Run each piece `repeats` times in turn, after one run that does not count.
+
+    Returns:
+        By name: seconds of wall and CPU time (all threads of this process) as
+        {median, low, high}, tokens per second of both, the floor and how much of the time it is.
+    """
+    wall: dict[str, list[float]] = {name: [] for name in pieces}
+    cpu: dict[str, list[float]] = {name: [] for name in pieces}
+    for repeat in range(repeats + 1):
+        for name, piece in pieces.items():
+            _settle(device)
+            wall_from, cpu_from = time.perf_counter(), time.process_time()
+            piece.run()
+            _settle(device)
+            if repeat:
+                wall[name].append(time.perf_counter() - wall_from)
+                cpu[name].append(time.process_time() - cpu_from)
+    is_gpu = device.startswith("cuda")
+    lines = {}
+    for name, piece in pieces.items():
+        wall_s, cpu_s = spread(wall[name]), spread(cpu[name])
+        taken = (wall_s if is_gpu else cpu_s)["median"]
+        lines[name] = {
+            "tokens": piece.tokens,
+            "repeats": repeats,
+            "wall_s": wall_s,
+            "cpu_s": cpu_s,
+            "tokens_per_s": round(piece.tokens / wall_s["median"], 1),
+            "tokens_per_cpu_s": round(piece.tokens / max(cpu_s["median"], 1e-9), 1),
+            "floor_s": _rounded(piece.floor_s),
+            "floor_share": _rounded(piece.floor_s / taken),
+            "peak_memory_mb": round(_peak_bytes(device) / 1e6),
+        }
+    return lines
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return median, least and greatest."""
+    return {
+        "median": _rounded(statistics.median(values)),
+        "low": _rounded(min(values)),
+        "high": _rounded(max(values)),
+    }
+
+
+def hardware(device: str) -> str:
+    """Return what it ran on, in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_model()}, {os.cpu_count()} cores"
+
+
+def _settle(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _peak_bytes(device: str) -> float:
+    if device.startswith("cuda"):
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
