@@ -166,7 +166,7 @@ class RLConfig(OptimConfig):
     prompts_per_lease: PositiveInt = 8
     """The unit of sampling: what one rollout worker takes at a time."""
     max_new_tokens: PositiveInt = 64
-    temperature: PositiveFloat = 1.0
+    temperature: float = Field(1.0, ge=0.2)
     """Used to sample and, identically, to score the sampled tokens in the learner."""
     top_k: NonNegativeInt = 0
     top_p: float = Field(1.0, gt=0, le=1)
@@ -188,7 +188,7 @@ class RLConfig(OptimConfig):
     """Added for an answer line of the right form, right or wrong."""
     refill_uniform_groups: bool = False
     """Sample further problems in place of groups whose rewards are all equal."""
-    micro_prompts: PositiveInt = 16
+    micro_prompts: PositiveInt = 8
     """Prompts (each with its G answers) in one forward pass of the learner."""
     eval_every: PositiveInt = 25
     eval_problems: PositiveInt = 100

@@ -179,13 +179,21 @@ class StepShare:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Rows for one learner step on one rank; see `rl.batch` for how groups become rows."""
+    """What one forward and backward pass of the learner works on; see `rl.batch`.
 
-    prompt_ids_PT: Tensor
-    prompt_lengths_P: Tensor
-    answer_ids_BT: Tensor
-    """(B, T) with B = P * G, rows of a prompt together; right-padded with zeros."""
+    N tokens stand in one row without padding; M of the policy's choices are scored from them.
+    """
+
+    ids_N: Tensor
+    positions_N: Tensor
+    """Places in their own sequence: a prompt and one answer."""
+    lengths: tuple[tuple[int, tuple[int, ...]], ...]
+    """Of each group: of its prompt, and of its answers, each without its last token."""
+    before_M: Tensor
+    """For each sampled token the place in the row right before it."""
+    sampled_ids_M: Tensor
     is_sampled_BT: Tensor
+    """(B, T) with B = P * G, rows of a prompt together: where answers have a token."""
     behaviour_logprobs_BT: Tensor
     advantages_B: Tensor
     tokens_in_step: int

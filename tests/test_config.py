@@ -82,7 +82,7 @@ def test_every_preset_is_a_valid_configuration() -> None:
         ("rl.steps.x=3", "valid integer"),
         ("rl.steps=many", "rl.steps is 'many'"),
         ("rl.steps=0", "rl.steps is 0, but: input should be greater than 0"),
-        ("rl.temperature=0", "greater than 0"),
+        ("rl.temperature=0", "greater than or equal to 0.2"),
         ("rl.temperature=nan", "rl.temperature is nan"),
         ("rl.loss=dpo", "'reinforce', 'ppo', 'gspo' or 'cispo'"),
         ("rl.max_staleness=-1", "rl.max_staleness is -1"),

@@ -24,15 +24,21 @@ CONFIG = RLConfig(clip_low=0.2, clip_high=0.3, ratio_cap=2.0)
 EVERY = pytest.mark.parametrize("name", sorted(LOSSES))
 
 
+NO_IDS = torch.zeros(0, dtype=torch.long)
+"""Losses look at log-probabilities, not at tokens."""
+
+
 def batch_of(
     behaviour_logprobs_BT: Tensor, advantages_B: Tensor, is_sampled_BT: Tensor | None = None
 ) -> TrainBatch:
     if is_sampled_BT is None:
         is_sampled_BT = torch.ones_like(behaviour_logprobs_BT, dtype=torch.bool)
     return TrainBatch(
-        prompt_ids_PT=torch.zeros(1, 1, dtype=torch.long),
-        prompt_lengths_P=torch.ones(1, dtype=torch.long),
-        answer_ids_BT=torch.zeros_like(behaviour_logprobs_BT, dtype=torch.long),
+        ids_N=NO_IDS,
+        positions_N=NO_IDS,
+        lengths=(),
+        before_M=NO_IDS,
+        sampled_ids_M=NO_IDS,
         is_sampled_BT=is_sampled_BT,
         behaviour_logprobs_BT=behaviour_logprobs_BT,
         advantages_B=advantages_B,
@@ -57,7 +63,6 @@ def part_of(batch: TrainBatch, rows: slice) -> TrainBatch:
         is_sampled_BT=batch.is_sampled_BT[rows],
         behaviour_logprobs_BT=batch.behaviour_logprobs_BT[rows],
         advantages_B=batch.advantages_B[rows],
-        answer_ids_BT=batch.answer_ids_BT[rows],
     )
 
 

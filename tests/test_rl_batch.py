@@ -1,8 +1,6 @@
-"""Groups become rows as they were recorded."""
+"""Groups become one row as they were recorded."""
 
 from __future__ import annotations
-
-import torch
 
 from aquarl.rl.batch import build_batch, microbatches
 from tests.fakes import make_group
@@ -13,18 +11,20 @@ GROUPS = [
 ]
 
 
-def test_rows_hold_what_was_sampled_prompt_by_prompt() -> None:
+def test_a_row_holds_each_prompt_once_and_its_answers_without_their_last_token() -> None:
     batch = build_batch(GROUPS, tokens_in_step=90, rollouts_in_step=40)
-    assert batch.prompt_ids_PT.tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch.prompt_lengths_P.tolist() == [3, 1]
-    assert batch.answer_ids_BT.tolist() == [[1, 2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0], [4, 0, 0, 0]]
+    assert batch.ids_N.tolist() == [5, 6, 7, 1, 8, 0, 0, 0, 4]
+    assert batch.positions_N.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 1]
+    assert batch.lengths == ((3, (1, 0)), (1, (3, 1)))
+    assert batch.sampled_ids_M.tolist() == [1, 2, 3, 0, 0, 0, 0, 4, 0]
+    assert batch.before_M.tolist() == [2, 3, 2, 4, 5, 6, 7, 4, 8]
     assert batch.advantages_B.tolist() == [0.5, -0.5, 0.25, -0.25]
     assert batch.behaviour_logprobs_BT[0].tolist() == [-0.5, -0.5, 0, 0]
     assert (batch.tokens_in_step, batch.rollouts_in_step) == (90, 40)
 
 
 def test_what_was_sampled_is_known_from_the_record_not_from_token_values() -> None:
-    """Token 0 may be sampled, and pads as well."""
+    """Token 0 may be sampled, too."""
     batch = build_batch(GROUPS, 9, 4)
     assert batch.is_sampled_BT.sum(dim=1).tolist() == [2, 1, 4, 2]
     assert batch.is_sampled_BT[2].all()
@@ -34,8 +34,6 @@ def test_what_was_sampled_is_known_from_the_record_not_from_token_values() -> No
 def test_microbatches_hold_each_group_once_and_the_counts_of_the_step() -> None:
     groups = [make_group([i + 1], [[1] * n, [2]]) for i, n in enumerate((5, 2, 9, 1, 4))]
     parts = list(microbatches(groups, prompts=2, tokens_in_step=26, rollouts_in_step=10))
-    assert [part.prompt_ids_PT.shape[0] for part in parts] == [2, 2, 1]
-    assert [part.answer_ids_BT.shape[1] for part in parts] == [2, 5, 9], "like lengths together"
-    held = torch.cat([part.prompt_ids_PT[:, 0] for part in parts]).tolist()
-    assert sorted(held) == [1, 2, 3, 4, 5]
+    assert [len(part.lengths) for part in parts] == [2, 2, 1]
+    assert [int(part.ids_N[0]) for part in parts] == [1, 3, 5]
     assert {(part.tokens_in_step, part.rollouts_in_step) for part in parts} == {(26, 10)}

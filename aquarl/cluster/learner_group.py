@@ -22,6 +22,7 @@ from torch import nn
 
 from aquarl.config import Config, build_config
 from aquarl.errors import AquarlError, ClusterError
+from aquarl.model.modes import keep_memory
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class _Loop:
         config = build_config(settings["config"])
         context = get_context()
         torch.set_num_threads(config.cluster.threads)
+        keep_memory()
         member = Member(
             context.get_world_rank(),
             context.get_world_size(),

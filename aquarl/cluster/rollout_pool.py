@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.model.gpt import GPT, Shape
+from aquarl.model.modes import keep_memory
 from aquarl.records import RolloutGroup, Sampler
 from aquarl.rl.rewards import scored_groups
 
@@ -83,6 +84,7 @@ def sampler_maker(config: Config, shape: Shape, tokenizer: Tokenizer) -> Callabl
         from aquarl.engines.torch_engine import TorchSampler
 
         torch.set_num_threads(threads)
+        keep_memory()
         return TorchSampler(GPT(shape), tokenizer.end_of_turn, device)
 
     def make_vllm() -> Sampler:

@@ -3,11 +3,11 @@
 causal            a row sees itself up to here: training on whole rows
 WithinDocuments   the same, but never across the documents packed into a row
 Prefix            causal, and remembers every layer's keys and values: the prompts
-Continuation      rows that go on from a shared prefix: answers, in the sampler and in the learner
+Continuation      rows that go on from a shared prefix: answers, as the sampler draws them
 
 The G answers of a prompt share its keys and values without a copy: their queries are folded into
-one long row per prompt (bifurcated attention, arXiv:2403.08845 section 4). Gradients flow through
-the prefix, so the learner computes each prompt once per group.
+one long row per prompt (bifurcated attention, arXiv:2403.08845 section 4). The learner, which has
+whole answers of unequal length, does the same by `packed.py`.
 
 Shapes: see `records`; S keys seen, J kv heads, R query heads per kv head (H = J * R).
 """
@@ -82,18 +82,17 @@ class Prefix:
 
 
 class Continuation:
-    """Attention of answers over their prompt and over themselves.
+    """Attention of answers over their prompt and over themselves, some positions a call.
 
-    With `room`, keys and values are kept across calls, up to `room` positions: the sampler's
-    cache, allocated once. Without it one call sees whole answers: the learner.
+    Keys and values are kept from call to call in a cache that is allocated once.
 
     Args:
         prefix: The P prompts, already computed.
         answers_per_prompt: G. Rows are ordered prompt by prompt: B = P * G.
-        room: Positions to allocate for each answer, or 0 to keep nothing.
+        room: Positions to allocate for each answer.
     """
 
-    def __init__(self, prefix: Prefix, answers_per_prompt: int, room: int = 0) -> None:
+    def __init__(self, prefix: Prefix, answers_per_prompt: int, room: int) -> None:
         self.prefix, self.G, self.room = prefix, answers_per_prompt, room
         self.length = 0
         """Positions of the answers that are in the cache already."""
@@ -145,8 +144,6 @@ class Continuation:
         return y.reshape(B, H, T, K)
 
     def _remember(self, layer: int, k_BJTK: Tensor, v_BJTK: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.room:
-            return k_BJTK, v_BJTK
         B, J, T, K = k_BJTK.shape
         if layer == len(self._cache):
             shape = (B, J, self.room, K)

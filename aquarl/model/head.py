@@ -21,6 +21,9 @@ from aquarl.model.gpt import GPT, SOFT_CAP
 CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 """Room for the fp32 logits of one chunk: about what a core's own cache holds."""
 
+COLDEST = 0.2
+"""Below, the exponential of a capped logit would leave fp32."""
+
 
 def token_logprobs(
     model: GPT, hidden_ND: Tensor, ids_N: Tensor, temperature: float = 1.0
@@ -30,11 +33,12 @@ def token_logprobs(
     Args:
         hidden_ND: (N, D) normalised hidden states before each token.
         ids_N: (N,) int64.
-        temperature: Divides the capped logits.
+        temperature: Divides the capped logits. `COLDEST` or more.
 
     Returns:
         (N,) fp32 log-probabilities in nats, and (N,) fp32 entropies in nats, without gradient.
     """
+    assert temperature >= COLDEST
     device = hidden_ND.device.type
     dtype = hidden_ND.dtype
     if torch.is_autocast_enabled(device):
@@ -55,11 +59,14 @@ class _TokenLogprobs(torch.autograd.Function):
         N = len(ids_N)
         logprobs_N, entropy_N, logsums_N = (hidden_ND.new_empty(N, dtype=wide) for _ in range(3))
         for rows in _chunks(N, weight_VD):
-            logits_CV = _capped(hidden_ND[rows], weight_VD).div_(temperature)
+            logits_CV = _squashed(hidden_ND[rows], weight_VD).mul_(SOFT_CAP / temperature)
             logprobs_N[rows] = logits_CV.gather(1, ids_N[rows, None])[:, 0]
-            logsums_N[rows] = logits_CV.logsumexp(dim=1)
-            logits_CV -= logsums_N[rows, None]
-            entropy_N[rows] = -(logits_CV.exp().mul_(logits_CV)).sum(dim=1)
+            # Capped as they are, no maximum has to be taken off before.
+            weights_CV = logits_CV.exp()
+            sums_C = weights_CV.sum(dim=1)
+            logsums_N[rows] = sums_C.log()
+            mean_C = weights_CV.mul_(logits_CV).sum(dim=1) / sums_C
+            entropy_N[rows] = logsums_N[rows] - mean_C
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N, logsums_N)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy_N)
@@ -71,25 +78,34 @@ class _TokenLogprobs(torch.autograd.Function):
         grads_N, temperature = grads[0], ctx.temperature
         hidden_grad_ND = torch.empty_like(hidden_ND)
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=logsums_N.dtype)
+        one = logsums_N.new_ones(())
         for rows in _chunks(len(ids_N), weight_VD):
-            capped_CV = _capped(hidden_ND[rows], weight_VD)
+            squashed_CV = _squashed(hidden_ND[rows], weight_VD)
             # d logprob / d logit = [is this token] - probability, through cap and temperature.
-            slope_CV = (capped_CV / SOFT_CAP).square_().neg_().add_(1)
-            grad_CV = capped_CV.div_(temperature).sub_(logsums_N[rows, None]).exp_()
+            slope_CV = torch.addcmul(one, squashed_CV, squashed_CV, value=-1)
+            grad_CV = squashed_CV.mul_(SOFT_CAP / temperature).sub_(logsums_N[rows, None]).exp_()
             chosen_N = torch.arange(len(grad_CV), device=ids_N.device), ids_N[rows]
             grad_CV[chosen_N] -= 1
             grad_CV.mul_(slope_CV).mul_((grads_N[rows] / -temperature)[:, None])
             grad_CV = grad_CV.to(weight_VD.dtype)
             torch.mm(grad_CV, weight_VD, out=hidden_grad_ND[rows])
-            weight_grad_VD += grad_CV.T @ hidden_ND[rows]
+            _add_product(weight_grad_VD, grad_CV.T, hidden_ND[rows])
         return hidden_grad_ND, weight_grad_VD.to(weight_VD.dtype), None, None
 
 
-def _capped(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Softly capped logits, in fp32 at least."""
+def _squashed(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """Logits between -1 and 1, before the cap widens them; in fp32 at least."""
     logits_CV = hidden_CD @ weight_VD.T
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
-    return logits_CV.to(wide).div_(SOFT_CAP).tanh_().mul_(SOFT_CAP)
+    return logits_CV.to(wide).div_(SOFT_CAP).tanh_()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where total may be wider than both."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _chunks(N: int, weight_VD: Tensor) -> Iterator[slice]:

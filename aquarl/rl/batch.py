@@ -1,7 +1,8 @@
-"""Rollout groups in, padded rows out: what one learner rank trains on in one step.
+"""Rollout groups in, one row of tokens out: what one learner rank trains on in one pass.
 
-The prompt stands once for its G answers. `is_sampled_BT` and the behaviour log-probabilities come
-from the record of what was sampled, never from looking at token values.
+A prompt stands once for its G answers, and nothing is padded but what has a number per sampled
+token. `is_sampled_BT` and the behaviour log-probabilities come from the record of what was
+sampled, never from looking at token values.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from aquarl.records import RolloutGroup, TrainBatch
 
@@ -17,23 +18,41 @@ from aquarl.records import RolloutGroup, TrainBatch
 def build_batch(
     groups: Sequence[RolloutGroup], tokens_in_step: int, rollouts_in_step: int
 ) -> TrainBatch:
-    """Return the rows of these groups, all of the same G.
+    """Return the row of these groups.
 
     Args:
-        groups: P groups, those of this rank.
+        groups: P groups of the same G.
         tokens_in_step, rollouts_in_step: Counts over all ranks, by which losses are divided.
     """
+    ids: list[int] = []
+    positions: list[int] = []
+    before: list[int] = []
+    for group in groups:
+        L = len(group.prompt.ids)
+        end_of_prompt = len(ids) + L - 1
+        ids += group.prompt.ids
+        positions += range(L)
+        for rollout in group.rollouts:
+            before += [end_of_prompt, *range(len(ids), len(ids) + len(rollout.ids) - 1)]
+            ids += rollout.ids[:-1]
+            positions += range(L, L + len(rollout.ids) - 1)
+
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    advantages = [value for group in groups for value in group.advantages]
-    answer_lengths_B = torch.tensor([len(rollout.ids) for rollout in rollouts])
-    T = int(answer_lengths_B.max())
+    lengths_B = torch.tensor([len(rollout.ids) for rollout in rollouts])
     return TrainBatch(
-        prompt_ids_PT=_padded([group.prompt.ids for group in groups], torch.long),
-        prompt_lengths_P=torch.tensor([len(group.prompt.ids) for group in groups]),
-        answer_ids_BT=_padded([rollout.ids for rollout in rollouts], torch.long),
-        is_sampled_BT=torch.arange(T) < answer_lengths_B[:, None],
-        behaviour_logprobs_BT=_padded([r.logprobs for r in rollouts], torch.float32),
-        advantages_B=torch.tensor(advantages, dtype=torch.float32),
+        ids_N=torch.tensor(ids),
+        positions_N=torch.tensor(positions),
+        lengths=tuple(
+            (len(group.prompt.ids), tuple(len(r.ids) - 1 for r in group.rollouts))
+            for group in groups
+        ),
+        before_M=torch.tensor(before),
+        sampled_ids_M=torch.tensor([i for rollout in rollouts for i in rollout.ids]),
+        is_sampled_BT=torch.arange(int(lengths_B.max())) < lengths_B[:, None],
+        behaviour_logprobs_BT=pad_sequence(
+            [torch.tensor(rollout.logprobs) for rollout in rollouts], batch_first=True
+        ),
+        advantages_B=torch.tensor([value for group in groups for value in group.advantages]),
         tokens_in_step=tokens_in_step,
         rollouts_in_step=rollouts_in_step,
     )
@@ -42,14 +61,6 @@ def build_batch(
 def microbatches(
     groups: Sequence[RolloutGroup], prompts: int, tokens_in_step: int, rollouts_in_step: int
 ) -> Iterator[TrainBatch]:
-    """Yield batches of at most this many prompts; answers of like length go together."""
-    ordered = sorted(groups, key=lambda group: max(len(r.ids) for r in group.rollouts))
-    for start in range(0, len(ordered), prompts):
-        yield build_batch(ordered[start : start + prompts], tokens_in_step, rollouts_in_step)
-
-
-def _padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row, dtype=dtype)
-    return padded
+    """Yield batches of at most this many prompts, in order."""
+    for start in range(0, len(groups), prompts):
+        yield build_batch(groups[start : start + prompts], tokens_in_step, rollouts_in_step)

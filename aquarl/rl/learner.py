@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from aquarl.config import RLConfig
-from aquarl.model.attention import Continuation, Prefix
 from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT
 from aquarl.model.head import token_logprobs
 from aquarl.model.modes import accumulating, autocast
 from aquarl.model.optim import Optimizer, clip_gradients, lr_at
+from aquarl.model.packed import Packed
 from aquarl.records import Metrics, RolloutGroup, TrainBatch, Weights
 from aquarl.rl.batch import microbatches
 from aquarl.rl.losses import LOSSES, kl_penalty
@@ -40,28 +40,13 @@ class Scorer(nn.Module):
     def forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         """Return logprobs_BT in nats, 0 where nothing was sampled, and the entropy summed over
         the sampled tokens (nats, no gradient)."""
-        P, B = batch.prompt_ids_PT.shape[0], batch.answer_ids_BT.shape[0]
-        G = B // P
-        prefix = Prefix(batch.prompt_lengths_P)
-        prompt_hidden_PTD = self.model(batch.prompt_ids_PT, prefix)
-        last_PD = prompt_hidden_PTD[torch.arange(P), batch.prompt_lengths_P - 1]
-        hidden_BTD = last_PD.repeat_interleave(G, dim=0)[:, None]
-        inputs_BT = batch.answer_ids_BT[:, :-1]
-        if inputs_BT.shape[1]:
-            answers = Continuation(prefix, G)
-            positions_BT = answers.positions_BT(inputs_BT.shape[1])
-            after_BTD = self.model(inputs_BT, answers, positions_BT)
-            hidden_BTD = torch.cat([hidden_BTD, after_BTD], dim=1)
-
-        is_sampled_BT = batch.is_sampled_BT
-        logprobs_N, entropy_N = token_logprobs(
-            self.model,
-            hidden_BTD[is_sampled_BT],
-            batch.answer_ids_BT[is_sampled_BT],
-            self.temperature,
+        packed = Packed(batch.lengths, batch.ids_N.device)
+        hidden_1ND = self.model(batch.ids_N[None], packed, batch.positions_N[None])
+        logprobs_M, entropy_M = token_logprobs(
+            self.model, hidden_1ND[0, batch.before_M], batch.sampled_ids_M, self.temperature
         )
         logprobs_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
-        return logprobs_BT.masked_scatter(is_sampled_BT, logprobs_N), entropy_N.sum()
+        return logprobs_BT.masked_scatter(batch.is_sampled_BT, logprobs_M), entropy_M.sum()
 
 
 class Learner:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aquarl.config import SupervisedConfig
@@ -23,6 +22,7 @@ from aquarl.data.batches import IGNORED, Rows, RowSource
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.model.attention import WithinDocuments, causal
 from aquarl.model.gpt import GPT
+from aquarl.model.head import token_logprobs
 from aquarl.model.modes import accumulating, autocast
 from aquarl.model.optim import Optimizer, clip_gradients, lr_at
 from aquarl.records import Metrics
@@ -49,8 +49,10 @@ class NextTokenLoss(nn.Module):
         attend = causal if rows.documents_BT is None else WithinDocuments(rows.documents_BT)
         hidden_BTD = self.model(rows.ids_BT, attend)
         is_trained_BT = rows.targets_BT != IGNORED
-        logits_NV = self.model.logits(hidden_BTD[is_trained_BT])
-        return F.cross_entropy(logits_NV, rows.targets_BT[is_trained_BT], reduction="none")
+        logprobs_N, _ = token_logprobs(
+            self.model, hidden_BTD[is_trained_BT], rows.targets_BT[is_trained_BT]
+        )
+        return -logprobs_N
 
 
 @dataclass
