@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from aquarl.cli import main
+from aquarl.cluster.doctor import check_vllm
 from aquarl.engines.torch_engine import TorchSampler
 from aquarl.engines.vllm_engine import VllmSampler
 from aquarl.errors import ConfigError
@@ -314,6 +315,22 @@ def test_a_head_width_that_vllm_has_no_kernel_for_is_refused() -> None:
 def test_the_cpu_build_is_not_asked_for_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"built for CPUs, .* Set cluster\.rollout_gpus=0"):
         VllmSampler(policy(4).shape, STOP, "cuda")
+
+
+@vllm
+@pytest.mark.parametrize("setting", ["rl.temperature=3", "evaluate.temperature=0.005"])
+def test_a_temperature_that_vllm_does_not_sample_at_ends_the_command_at_once(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", f"run.dir={tmp_path}/run", "rl.engine=vllm", setting]) == 2
+    assert "but vLLM samples from 0.01 to 2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@vllm
+def test_doctor_finds_vllm_here() -> None:
+    found = check_vllm()
+    assert (found.state, found.what) == ("ok", "0.32.0")
 
 
 @pytest.mark.parametrize("command", ["demo", "pipeline", "rl", "evaluate"])
