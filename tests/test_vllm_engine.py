@@ -391,13 +391,16 @@ def test_a_run_samples_with_vllm_and_leaves_no_process(tiny: str, tmp_path: Path
         "pipeline", "--config", tiny, f"run.dir={run}", "rl.engine=vllm", AQUARL_TEST_RUN=mark
     )
     holders: set[str] = set()
-    while running.returncode is None:
-        holders |= set(who_holds_vllm(mark))
-        with suppress(subprocess.TimeoutExpired):
-            _, said = running.communicate(timeout=0.2)
+    try:
+        while running.returncode is None:
+            holders |= set(who_holds_vllm(mark))
+            with suppress(subprocess.TimeoutExpired):
+                _, said = running.communicate(timeout=0.2)
+    finally:
+        running.terminate()  # where this test is itself stopped
     assert running.returncode == 0, said
     assert holders == {"RolloutWorker", "EvaluationWorker"}  # neither learner nor a child of theirs
-    eventually(lambda: not list(processes(mark)))
+    eventually(lambda: not list(processes(mark)), seconds=120)
 
     steps = [row for row in rows(run / "metrics.jsonl") if "policy/logprob_gap" in row]
     assert len(steps) == 6
