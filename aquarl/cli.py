@@ -70,9 +70,10 @@ def report(config: Config, args: Arguments) -> None:
 
 def pipeline(config: Config, args: Arguments) -> None:
     """all stages in order, skipping those whose result stands, then evaluate and report"""
-    from aquarl.cluster.launch import connected, run_stages
+    from aquarl.cluster.launch import check_engine, connected, run_stages
     from aquarl.cluster.results import STAGES
 
+    check_engine(config)
     with connected(config):
         run_stages(config, STAGES)
         evaluate(config, args)

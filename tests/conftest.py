@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,15 @@ def finished_run(ray_here: Any, tiny: str, tmp_path_factory: pytest.TempPathFact
 def rows(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def eventually(look: Callable[[], Any], seconds: float = 60) -> Any:
+    """Return what `look` returns once that is truthy."""
+    deadline = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
+    return seen
 
 
 @pytest.fixture

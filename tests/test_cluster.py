@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +31,7 @@ from aquarl.rl.prompts import PromptSource
 from aquarl.rl.stream import RolloutStream
 from aquarl.tasks.base import to_prompt
 from aquarl.tasks.catalog import load_problems
-from tests.conftest import rows
+from tests.conftest import eventually, rows
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -95,15 +94,6 @@ def run_rl(tiny: str, run: Path, *settings: str, meanwhile: Watcher | None = Non
         thread.join(timeout=60)
         assert not thread.is_alive() and not failed, failed
     return status
-
-
-def eventually(look: Callable[[], Any], seconds: float = 60) -> Any:
-    """Return what `look` returns once that is truthy."""
-    deadline = time.monotonic() + seconds
-    while not (seen := look()):
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
-    return seen
 
 
 def actors(class_name: str) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from aquarl.config import SupervisedConfig
 from aquarl.data.batches import Rows
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.engines.torch_engine import TorchSampler
+from aquarl.engines.vllm_engine import VllmSampler
 from aquarl.model.flat_weights import flatten
 from aquarl.records import Lease, Sampler
 from aquarl.rl.learner import Learner
@@ -46,6 +47,8 @@ def rollouts(work: Work, machine: Machine, device: str, engine: str) -> Piece:
 
 
 def make_sampler(work: Work, device: str, engine: str) -> Sampler:
+    if engine == "vllm":
+        return VllmSampler(work.shape, NEVER, device, rows=work.prompts * work.samples)
     return TorchSampler(work.model(), NEVER, device)
 
 

@@ -54,6 +54,8 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
             print(f"{stage:>9}  stands already in {config.run.dir}")
     if not missing:
         return
+    if "rl" in missing:
+        check_engine(config)
     require_predecessor(config, missing[0])
     write_config(config)
     with connected(config), plain_errors():
@@ -154,6 +156,7 @@ def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]
     Args:
         against: Another run directory, or one of its stages as DIR:STAGE, to compare with.
     """
+    check_engine(config)
     with connected(config), plain_errors():
         check_resources(config, with_rollouts=True, learners=0)
         from aquarl.cluster.evaluation import evaluate_checkpoints
@@ -243,6 +246,22 @@ def cluster_address(config: Config) -> str | None:
 def namespace(config: Config) -> str:
     """Return the Ray namespace of a run: where `stream` is found by name."""
     return "aquarl-" + config.run.dir.rstrip("/").replace("://", "-").replace("/", "-")
+
+
+def check_engine(config: Config) -> None:
+    """Refuse at once what no rollout worker could do, before a stage has taken minutes.
+
+    Raises:
+        ConfigError: vLLM is to sample, but is not installed, or not at these temperatures.
+    """
+    if config.rl.engine != "vllm":
+        return
+    from aquarl.engines.vllm_engine import check_temperature, require_vllm
+
+    if not cluster_address(config):  # else its workers have an installation of their own
+        require_vllm()
+    for temperature in (config.rl.temperature, config.evaluate.temperature):
+        check_temperature(temperature)
 
 
 def check_resources(config: Config, *, with_rollouts: bool, learners: int | None = None) -> None:

@@ -54,19 +54,29 @@ class VllmSampler:
     Args:
         shape: Of the policy whose weights are going to be loaded.
         stop_id: The token that ends an answer; -1 for none, so that all are cut by length.
-        device: "cpu" (fp32), or "cuda" (bf16, logits in fp32).
+        device: "cpu" or "cuda".
         rows: Answers that are sampled at the same time; more of them wait for their turn.
+        dtype: Of weights and activations, logits being fp32. None: fp32 on a CPU, else bf16.
 
     Raises:
         ConfigError: vLLM is not installed, or cannot run a model of this shape.
     """
 
-    def __init__(self, shape: Shape, stop_id: int, device: str = "cpu", *, rows: int = 256) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        stop_id: int,
+        device: str = "cpu",
+        *,
+        rows: int = 256,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.shape, self.stop_id, self.version = shape, stop_id, -1
         is_cpu = not device.startswith("cuda")
-        self._arrived = GPT(shape).to(torch.float32 if is_cpu else torch.bfloat16)
+        dtype = dtype or (torch.float32 if is_cpu else torch.bfloat16)
+        self._arrived = GPT(shape).to(dtype)
         """Where weights land and are checked before vLLM sees them."""
-        self._llm = _start(shape, rows, is_cpu)
+        self._llm = _start(shape, rows, is_cpu, dtype)
 
     def load_weights(self, weights: Weights) -> None:
         """See `Sampler.load_weights`. Forgets all prompts: their keys are of the old weights."""
@@ -90,7 +100,7 @@ class VllmSampler:
                 sample at this temperature.
         """
         self._check([prompt.ids for prompt in prompts], sampling.max_new_tokens)
-        _check_temperature(sampling.temperature)
+        check_temperature(sampling.temperature)
         stops = [] if self.stop_id < 0 else [self.stop_id]
         requests = [
             (
@@ -158,11 +168,11 @@ class VllmSampler:
             )
 
 
-def _start(shape: Shape, rows: int, is_cpu: bool) -> Any:
+def _start(shape: Shape, rows: int, is_cpu: bool, dtype: torch.dtype) -> Any:
     """Return vLLM's `LLM` for a policy of this shape, with weights that mean nothing yet."""
+    require_vllm()
     os.environ.update(ENVIRONMENT | (CPU_ENVIRONMENT if is_cpu else {}))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    require_vllm()
     from vllm import LLM, ModelRegistry
 
     from aquarl.engines.vllm_nanochat import ARCHITECTURE, NanochatForVllm
@@ -183,27 +193,25 @@ def _start(shape: Shape, rows: int, is_cpu: bool) -> Any:
         "head_dtype": "float32",
     }
     on_cpu = {
-        "dtype": "float32",
         "block_size": CPU_BLOCK,
         "enforce_eager": True,
         "enable_chunked_prefill": False,  # with seeds, a chunk ends in an error
     }
-    on_gpu = {
-        "dtype": "bfloat16",
-        "gpu_memory_utilization": 0.01,  # what must be free to start; the cache's size is its own
-    }
+    # What must be free to start; the cache's size is its own.
+    on_gpu = {"gpu_memory_utilization": 0.01}
     with TemporaryDirectory() as folder, _own_preload():
         Path(folder, "config.json").write_text(json.dumps(config))
         return LLM(
             folder,
             load_format="dummy",
+            dtype=dtype,
             skip_tokenizer_init=True,
             generation_config="vllm",
             max_model_len=positions,
             max_num_seqs=rows,
             max_num_batched_tokens=max(TOKENS_A_PASS, positions),
             enable_prefix_caching=True,
-            kv_cache_memory_bytes=_cache_bytes(shape, rows, is_cpu),
+            kv_cache_memory_bytes=_cache_bytes(shape, rows, is_cpu, dtype),
             logprobs_mode="processed_logprobs",  # of the distribution after temperature and top-k
             **(on_cpu if is_cpu else on_gpu),
         )
@@ -223,10 +231,20 @@ def require_vllm() -> None:
     """Raise ConfigError, saying what to type, if vLLM is not installed."""
     if find_spec("vllm") is None:
         raise ConfigError(
-            "rl.engine is vllm, but vLLM is not installed here, so it cannot sample. "
+            "vLLM was asked for, but it is not installed here, so it cannot sample. "
             "On a GPU machine type .venv/bin/pip install -e '.[vllm]'; without a GPU type "
             "make setup-vllm, and then .venv-vllm/bin/aquarl in place of aquarl. "
-            "Or set rl.engine=torch, which needs neither."
+            "Or stay with rl.engine=torch, which needs neither."
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ConfigError if vLLM does not sample at this temperature."""
+    low, high = TEMPERATURES
+    if temperature and not low <= temperature <= high:
+        raise ConfigError(
+            f"The temperature is {temperature:g}, but vLLM samples from {low:g} to {high:g}, or at "
+            "0 for the likeliest token. Choose one of these, or set rl.engine=torch."
         )
 
 
@@ -235,7 +253,7 @@ def _check_machine(shape: Shape, is_cpu: bool) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     if current_platform.is_cpu() != is_cpu:
-        built, wish = ("GPUs", "none") if is_cpu else ("CPUs", "one")
+        built, wish = ("GPUs", "no GPU") if is_cpu else ("CPUs", "a GPU")
         raise ConfigError(
             f"The vLLM that is installed here was built for {built}, but a rollout worker is to "
             f"have {wish}. Set cluster.rollout_gpus={int(is_cpu)}, or rl.engine=torch."
@@ -254,28 +272,18 @@ def _positions(shape: Shape) -> int:
     return 10 * shape.context
 
 
-def _cache_bytes(shape: Shape, rows: int, is_cpu: bool) -> int:
+def _cache_bytes(shape: Shape, rows: int, is_cpu: bool, dtype: torch.dtype) -> int:
     """Return memory for keys and values: one longest row, and a training row for each answer.
 
     With less, answers wait or are begun anew, which costs time and changes no answer. On a CPU
     memory is taken only when it is first written to.
     """
-    number_bytes = 4 if is_cpu else 2
-    token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_width * number_bytes
+    token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_width * dtype.itemsize
     wanted = token_bytes * (_positions(shape) + rows * shape.context)
     if is_cpu:
         return min(wanted, CPU_CACHE_BYTES)
     free, _ = torch.cuda.mem_get_info()
     return min(wanted, int(GPU_CACHE_SHARE * free))
-
-
-def _check_temperature(temperature: float) -> None:
-    low, high = TEMPERATURES
-    if temperature and not low <= temperature <= high:
-        raise ConfigError(
-            f"The temperature is {temperature:g}, but vLLM samples from {low:g} to {high:g}, or at "
-            "0 for the likeliest token. Choose one of these, or set rl.engine=torch."
-        )
 
 
 def _params(**what: Any) -> Any:
