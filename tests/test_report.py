@@ -13,7 +13,8 @@ from aquarl.config import Config, EvaluateConfig, to_toml
 from aquarl.errors import DataError, StorageError
 from aquarl.evaluate.evaluator import evaluate_policy, evaluation_summary
 from aquarl.evaluate.plots import series
-from aquarl.evaluate.report import environment, write_report
+from aquarl.evaluate.report import write_report
+from aquarl.observe.machine import environment
 from aquarl.observe.metrics import JsonlSink
 from aquarl.records import Problem, Sampling
 from tests.fakes import ScriptedSampler, byte_tokenizer
@@ -147,7 +148,7 @@ def test_the_page_compares_stages_on_the_same_problems(run: Path) -> None:
 def test_the_table_of_stages_holds_steps_tokens_time_and_cost(run: Path) -> None:
     page = (run / "report.md").read_text()
     # 400 steps of 8,192 tokens; 720 s = 12 min at 10.0 an hour
-    assert "| base | 400 | 3,276,800 | 12 min | 2 | 2.00 | loss/train" in page
+    assert "| base | 400 | 3,276,800 | - | 12 min | 2 | 2.00 | loss/train" in page
     assert "Rows left out of sft: no rationale: 3." in page
 
 
@@ -183,7 +184,7 @@ def test_a_stage_still_running_is_shown_so_far_and_the_rest_is_left_out(tmp_path
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "base", "step": 11, "loss/train": null}\n{"stage": "base", "st')
     page = Path(write_report(str(tmp_path))).read_text()
-    assert "| base | 11 so far | - | - | - | loss/train" in page
+    assert "| base | 11 so far | - | - | - | - | loss/train" in page
     assert "Accuracy" not in page
     assert "cost" not in page
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
@@ -233,7 +234,7 @@ def test_a_run_in_a_bucket_is_reported_there() -> None:
     write_result(run_dir, "base", {"stage": "base", "steps": 10, "wall_s": 4.0})
     assert write_report(run_dir) == f"{run_dir}/report.md"
     fs, folder = fsspec.url_to_fs(run_dir)
-    assert "| base | 10 | - | 4.0 s | - |" in fs.cat_file(f"{folder}/report.md").decode()
+    assert "| base | 10 | - | - | 4.0 s | - |" in fs.cat_file(f"{folder}/report.md").decode()
     assert fs.cat_file(f"{folder}/plots/loss.png").startswith(PNG)
 
 

@@ -24,6 +24,7 @@ from aquarl.cluster.errors import first_line, plain_errors
 from aquarl.cluster.results import (
     finished_at,
     put_json,
+    ran_on,
     record,
     require_predecessor,
     stands,
@@ -154,6 +155,7 @@ def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]
     Args:
         against: Another run directory, or one of its stages as DIR:STAGE, to compare with.
     """
+    began = time.time()
     with connected(config), plain_errors():
         check_resources(config, with_rollouts=True, learners=0)
         from aquarl.cluster.evaluation import evaluate_checkpoints
@@ -162,6 +164,9 @@ def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]
             "evaluating " + ", ".join(config.evaluate.stages), refresh_per_second=4
         ):
             result = evaluate_checkpoints(config, against)
+        result["ran_on"] = ran_on()
+    result["wall_s"] = time.time() - began
+    result["rollout_workers"] = config.rl.rollout_workers
     put_json(f"{config.run.dir}/results/evaluate.json", result)
     return result
 
