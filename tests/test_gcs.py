@@ -235,4 +235,4 @@ def test_a_whole_pipeline_in_a_bucket_makes_what_it_makes_on_a_disk(
     capsys.readouterr()
     for stage in STAGES:
         assert main([stage, *here]) == 0
-    assert capsys.readouterr().out.count("stands already") == len(STAGES)
+    assert capsys.readouterr().err.count("stands already") == len(STAGES)

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,7 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
     missing = tuple(stage for stage in stages if not stands(config, stage))
     for stage in stages:
         if stage not in missing:
-            print(f"{stage:>9}  stands already in {config.run.dir}")
+            print(f"{stage:>9}  stands already in {config.run.dir}", file=sys.stderr)
     if not missing:
         return
     require_predecessor(config, missing[0])

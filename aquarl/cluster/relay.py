@@ -7,6 +7,7 @@ If the relay is gone the run goes on without it.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ def relay_to(sinks: Sinks) -> Iterator[ActorHandle]:
     """Hire a relay and pass on what comes, until the block is left; then what is left in it."""
     relay: Any = ray.remote(num_cpus=0)(MetricsRelay).options(name=unused("metrics-relay")).remote()
     is_over = threading.Event()
-    starting = Console().status(
+    starting = Console(stderr=True).status(
         "starting workers", refresh_per_second=4
     )  # shows itself on terminals only
 
@@ -73,7 +74,7 @@ def relay_to(sinks: Sinks) -> Iterator[ActorHandle]:
                 starting.stop()
                 if isinstance(said, str):
                     sinks.close()  # each opens again for the next stage
-                    print(said, flush=True)
+                    print(said, file=sys.stderr, flush=True)
                 else:
                     sinks.log(stage, step, said)
 
