@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from rich.console import Console
 
 from aquarl.cluster.rollout_pool import unused
@@ -63,13 +63,17 @@ def relay_to(sinks: Sinks) -> Iterator[ActorHandle]:
     )  # shows itself on terminals only
 
     def pass_on() -> None:
-        is_last = False
+        is_last, taking = False, None
         while not is_last:
             is_last = is_over.wait(POLL_S)
+            taking = taking or relay.take.remote()
             try:
-                taken = ray.get(relay.take.remote(), timeout=30)
+                taken = ray.get(taking, timeout=30)
+            except GetTimeoutError:
+                continue  # a very busy machine: what it took is not lost
             except RayError:
                 return
+            taking = None
             for stage, step, said in taken:
                 starting.stop()
                 if isinstance(said, str):

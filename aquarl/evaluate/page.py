@@ -109,7 +109,8 @@ def _idle_part(rl: dict[str, Any]) -> str:
         return ""
     return (
         f"The learner waited for groups {_percent(learner)} of its steps' time; the rollout "
-        f"workers were without work {_percent(workers)} of it (validating and saving left out)."
+        f"workers were without work {_percent(workers)} of it (validating and saving left out). "
+        "In the timeline, nothing is drawn for the learner while it saves."
     )
 
 
