@@ -65,7 +65,8 @@ def report(config: Config, args: Arguments) -> None:
     """write report.md, report.json and the plots of a run"""
     from aquarl.evaluate.report import write_report
 
-    print(f"The report is {write_report(config.run.dir)}")
+    is_alone = getattr(args, "json", False)  # an object on stdout has it to itself
+    print(f"The report is {write_report(config.run.dir)}", file=sys.stderr if is_alone else None)
 
 
 def pipeline(config: Config, args: Arguments) -> None:

@@ -138,6 +138,10 @@ class RolloutGroup:
     worker: str = ""
     sample_s: float = 0.0
     """Wall seconds of the lease, shared evenly among its groups."""
+    fetch_s: float = 0.0
+    """Wall seconds its worker took to get new weights for the lease, shared alike."""
+    sampled: tuple[float, float] = (0.0, 0.0)
+    """When the sampling of the lease began and ended: Unix seconds, by its worker's clock."""
 
 
 class Sampler(Protocol):

@@ -20,7 +20,8 @@ def put(path: str, body: bytes) -> None:
     fs, where = fsspec.url_to_fs(path)
     aside = f"{where}.writing" if _can_rename(fs) else where
     try:
-        fs.makedirs(where.rsplit("/", 1)[0], exist_ok=True)
+        if aside != where:  # a bucket has no folders, and s3fs would make a missing bucket
+            fs.makedirs(where.rsplit("/", 1)[0], exist_ok=True)
         _pipe(fs, aside, body)
         if aside != where:
             fs.mv(aside, where)
@@ -44,7 +45,8 @@ def put_together(folder: str, files: dict[str, bytes]) -> None:
         for left_over in (target, replaced):
             if fs.exists(left_over):
                 fs.rm(left_over, recursive=True)
-        fs.makedirs(target, exist_ok=True)
+        if target != path:
+            fs.makedirs(target, exist_ok=True)
         for name, body in files.items():
             _pipe(fs, f"{target}/{name}", body)
         if target != path:  # by renaming alone, so `path` never names a part of a folder
@@ -76,6 +78,15 @@ def _forget(fs: AbstractFileSystem, path: str) -> None:
 
 
 def _refusal(path: str, error: Exception) -> StorageError:
+    scheme, is_url, rest = path.partition("://")
+    if isinstance(error, FileNotFoundError) and is_url:
+        bucket = f"{scheme}://{rest.split('/', 1)[0]}"
+        make = {"gs": "gcloud storage buckets create", "s3": "aws s3 mb"}.get(scheme)
+        return StorageError(
+            f"Could not write {path}: there is no bucket {bucket}. Buckets are never made for you: "
+            + (f"make it (`{make} {bucket}`), or choose" if make else "make it, or choose")
+            + " another place (a run's is run.dir). Then start the same command again."
+        )
     why = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return StorageError(
         f"Could not write {path}: {why}. What was saved before is as it was. "

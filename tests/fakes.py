@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,17 @@ from torch import Tensor
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.model.gpt import GPT, Shape
 from aquarl.records import Lease, Prompt, Rollout, RolloutGroup, Sampling, Weights
+
+REAL = Path(os.environ.get("AQUARL_DATA") or Path(__file__).parents[2] / "shared" / "data")
+"""Where the real data sets are, if they are anywhere."""
+
+
+def real_data(folder: str) -> pytest.MarkDecorator:
+    """Return the mark of tests that need this folder of the real data."""
+    return pytest.mark.skipif(
+        not (REAL / folder).is_dir(),
+        reason=f"no {folder}/ in {REAL}: set AQUARL_DATA to a folder that has one",
+    )
 
 
 def byte_tokenizer(*merged: bytes) -> Tokenizer:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,11 @@ from aquarl.tasks.base import (
     to_conversation,
 )
 from aquarl.tasks.grading import committed_letter
-from aquarl.tasks.rationale import without_answer_line
+from aquarl.tasks.rationale import names_an_option, without_answer_line
 from aquarl.tasks.rows import Refused, problem_from_row, split_options, split_question
+from tests.fakes import REAL, real_data
 
-REAL = Path(os.environ.get("AQUARL_DATA") or Path(__file__).parents[2] / "shared" / "data")
-needs_real_data = pytest.mark.skipif(
-    not (REAL / "aqua").is_dir(),
-    reason=f"no aqua/ in {REAL}: set AQUARL_DATA to a folder that has one",
-)
+needs_real_data = real_data("aqua")
 FIVE = ["A)1", "B)2", "C)3", "D)4", "E)5"]
 
 
@@ -336,3 +333,31 @@ def test_real_solutions_commit_to_their_label_and_to_nothing_else(real_splits: S
     assert cut[True] >= 230
     left = [p for p in (*splits.train, *splits.validation) if named.search(p.rationale)]
     assert len(left) <= 10
+
+
+@pytest.mark.parametrize(
+    ("rationale", "names_one"),
+    [
+        ("The last digit is odd, so we eliminate option C and E.", True),
+        ("consider option (c) 13 * 13.85 = 180", True),
+        ("Let's go through each: (A) can never be true.", True),
+        ("8! = 40320\nE. 4^10 = 1048576", True),
+        ("C and D are out; 299 is divisible by 13.", True),
+        ("therefore answer is b explanation : 5 : 1 = x : 10", True),
+        ("A can do it in 10 days, B in 15: together 1/10 + 1/15 = 1/6.", False),
+        ("Let b be her age. Two choices of digit remain, so 2 * 9 = 18.", False),
+        ("Each answer scores 4, a wrong one -1: 4x - (60 - x) = 130, x = 38", False),
+    ],
+)
+def test_a_solution_that_names_an_option_keeps_its_order(rationale: str, names_one: bool) -> None:
+    assert names_an_option(rationale) == names_one
+    plain = problem_from_row("here", aqua_row("How many?"), "p")
+    problem = replace(plain, rationale=rationale)
+    orders = {shuffled_options(problem, random.Random(seed)).options for seed in range(20)}
+    assert (orders == {problem.options}) == names_one
+
+
+@needs_real_data
+def test_few_real_solutions_name_an_option(real_splits: Splits) -> None:
+    train = real_splits.train
+    assert 0.01 < sum(names_an_option(p.rationale) for p in train) / len(train) < 0.05

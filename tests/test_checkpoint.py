@@ -29,6 +29,7 @@ from aquarl.model.checkpoint import (
 )
 from aquarl.model.gpt import GPT
 from aquarl.model.optim import Optimizer
+from aquarl.storage import put
 from tests.fakes import random_ids, random_model, small_disk
 
 FILES = ("weights.safetensors", "training.pt", "meta.json")
@@ -248,6 +249,16 @@ def test_a_bucket_holds_checkpoints_like_a_disk(bucket: str) -> None:
     assert is_whole(first, 1) and is_whole(second, 2)
     finished = finished_policy(run, "sft", "words").state_dict()
     torch.testing.assert_close(finished, random_model(seed=2).state_dict(), rtol=0, atol=0)
+
+
+def test_a_bucket_that_is_missing_is_named_and_never_made(bucket: str) -> None:
+    fs, _ = fsspec.url_to_fs(bucket)
+    said = r"no bucket s3://mistyped\..*aws s3 mb s3://mistyped"
+    with pytest.raises(StorageError, match=said):
+        save("s3://mistyped/runs/one", 1)  # many files together
+    with pytest.raises(StorageError, match=said):
+        put("s3://mistyped/runs/one/config.toml", b"")
+    assert not fs.exists("s3://mistyped")
 
 
 def test_in_a_bucket_nothing_counts_until_the_meta_is_there(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,12 +17,9 @@ from aquarl.config import DataConfig
 from aquarl.data import corpus
 from aquarl.data.corpus import documents, file_documents, stable_share
 from aquarl.errors import DataError
+from tests.fakes import REAL, real_data
 
-REAL = Path(os.environ.get("AQUARL_DATA") or Path(__file__).parents[2] / "shared" / "data")
-needs_real_data = pytest.mark.skipif(
-    not (REAL / "corpus").is_dir(),
-    reason=f"no corpus/ in {REAL}: set AQUARL_DATA to a folder that has one",
-)
+needs_real_data = real_data("corpus")
 
 
 def config_of(root: Path, *patterns: str, fraction: float = 0.2) -> DataConfig:

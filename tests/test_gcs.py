@@ -40,6 +40,7 @@ from aquarl.model.gpt import GPT
 from aquarl.observe.ledger import Ledger
 from aquarl.observe.metrics import JsonlSink, read_metrics
 from aquarl.serve.export import export
+from aquarl.storage import put
 from tests.fakes import byte_tokenizer, make_group, random_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,6 +138,12 @@ def test_a_checkpoint_counts_only_with_its_meta(
     assert latest_checkpoint(stage_folder(run_dir, "sft")) == first
 
 
+def test_a_bucket_that_is_missing_is_named_and_never_made(bucket: str) -> None:
+    with pytest.raises(StorageError, match=r"gcloud storage buckets create gs://mistyped`"):
+        put("gs://mistyped/runs/one/config.toml", b"")
+    assert not fsspec.url_to_fs(bucket)[0].exists("gs://mistyped")
+
+
 def test_a_tokenizer_comes_back_with_its_fingerprint(run_dir: str) -> None:
     trained = Tokenizer.train(["naïve café, 你好: 12 * 12 = 144\n"] * 50, vocab_size=280)
     trained.save(f"{run_dir}/tokenizer")
@@ -228,4 +235,4 @@ def test_a_whole_pipeline_in_a_bucket_makes_what_it_makes_on_a_disk(
     capsys.readouterr()
     for stage in STAGES:
         assert main([stage, *here]) == 0
-    assert capsys.readouterr().out.count("stands already") == len(STAGES)
+    assert capsys.readouterr().err.count("stands already") == len(STAGES)

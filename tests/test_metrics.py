@@ -4,9 +4,12 @@ import io
 import json
 import logging
 import math
+import os
 import resource
 import struct
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +198,12 @@ def test_without_wandb_nothing_of_it_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def wandb_history(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that W&B's own offline file holds: protobuf records in a LevelDB log."""
+def wandb_records(folder: Path) -> Iterator[Any]:
+    """Yield what W&B's own offline file holds: protobuf records in a LevelDB log."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("*.wandb")
-    data, at, body, rows = path.read_bytes(), 7, b"", []  # 7 bytes say whose file it is
+    data, at, body = path.read_bytes(), 7, b""  # 7 bytes say whose file it is
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # no record begins in the last bytes of a block
             at += 32768 - at % 32768
@@ -212,11 +215,19 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
             record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(body)
             body = b""
-            if items := record.history.item:
-                keys = [item.key or ".".join(item.nested_key) for item in items]
-                values = [json.loads(item.value_json) for item in items]
-                rows.append(dict(zip(keys, values, strict=True)))
-    return rows
+            yield record
+
+
+def wandb_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows that were logged to a run."""
+    return [
+        {
+            item.key or ".".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in wandb_records(folder)
+        if record.history.item
+    ]
 
 
 def test_wandb_keeps_one_run_a_stage_and_a_resumed_stage_its_id(
@@ -234,11 +245,51 @@ def test_wandb_keeps_one_run_a_stage_and_a_resumed_stage_its_id(
     (sft,) = (tmp_path / "night/wandb").glob(f"offline-run-*-{ids['sft']}")
     rows = wandb_history(sft)
     assert [(row["step"], row["loss/train"]) for row in rows] == [(1, 1.5), (2, 1.25)]
+    about = next(record.run for record in wandb_records(sft) if record.run.run_id)
+    assert (about.run_group, about.display_name, about.job_type) == ("night", "night-sft", "sft")
+    settings = {update.key: json.loads(update.value_json) for update in about.config.update}
+    assert settings["sft"] == config.model_dump(mode="json")["sft"]
 
     resumed = WandbSink(config)
     resumed.log("sft", 2, {"loss/train": 1.25})
     resumed.close()
     assert json.loads((tmp_path / "night/wandb.json").read_text()) == ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("account", "why"),
+    [
+        ({}, "nobody is logged in"),
+        ({"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "deadline exceeded"),
+    ],
+    ids=["nobody logged in", "service away"],
+)
+def test_curves_are_kept_offline_where_wandb_cannot_be_used(
+    account: dict[str, str], why: str, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from aquarl.config import Config; from aquarl.observe.metrics import *\n"
+        "about = {'run': {'dir': sys.argv[1]}, 'track': {'wandb': 'online'}}\n"
+        "sink = WandbSink(Config.model_validate(about), patience_s=1.0)\n"
+        "for stage in ('sft', 'rl'):\n"
+        "    with Sinks([sink]) as sinks:\n"
+        "        sinks.log(stage, 1, {'loss/train': 1.5})\n"
+    )
+    usual = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = usual | {"HOME": str(tmp_path)} | account
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert said.count("W&B cannot be used") == 1 and why in said and "`wandb sync" in said
+    with pytest.raises(ProcessLookupError):  # W&B's own processes are gone with ours
+        os.killpg(process.pid, 0)
+    kept = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert [wandb_history(run)[0]["loss/train"] for run in kept] == [1.5, 1.5]
 
 
 def test_a_wandb_that_cannot_start_is_tried_once_a_stage(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +97,9 @@ def test_a_second_run_skips_every_stage(
     stages = [["tokenizer"], ["base"], ["mid"], ["sft"], ["rl"]]
     for stage in stages:
         assert main([*stage, "--config", tiny, f"run.dir={finished_run}"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("stands already") == 5 and "done" not in said
+    said = capsys.readouterr()
+    assert said.err.count("stands already") == 5 and "done" not in said.err
+    assert said.out == ""
     after = {path: path.stat().st_mtime_ns for path in (finished_run / "checkpoints").rglob("*")}
     assert after == before
 
@@ -120,6 +123,55 @@ def test_evaluate_prints_one_json_object_and_nothing_else(
     assert printed == json.loads((finished_run / "results/evaluate.json").read_text())
     greedy = printed["stages"]["rl"]["greedy"]
     assert greedy["n"] == 12 and greedy["low"] <= greedy["accuracy"] <= greedy["high"]
+
+
+def test_a_pipeline_prints_one_json_object_and_says_the_rest_on_stderr(
+    after_sft: Path, tiny: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pipeline", "--config", tiny, f"run.dir={after_sft}", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == json.loads((after_sft / "results/evaluate.json").read_text())
+    assert out.count("\n") == 1
+    assert err.count("stands already") == 4 and " rl 6/6 " in err and "rl  done in" in err
+    assert f"The report is {after_sft}/report.md" in err
+
+
+def test_the_evaluation_names_the_checkpoints_that_it_measured(finished_run: Path) -> None:
+    evaluation = json.loads((finished_run / "results/evaluate.json").read_text())
+    for stage, result in evaluation["stages"].items():
+        assert result["checkpoint"] == {"stage": stage, "step": STEPS[stage]}
+
+
+def test_every_stage_says_where_it_ran(finished_run: Path) -> None:
+    stages = json.loads((finished_run / "report.json").read_text())["stages"]
+    for about in stages.values():
+        ran_on = about["ran_on"]
+        assert (ran_on["nodes"], ran_on["cluster_cpus"]) == (1, 4)  # what `ray_here` starts
+        assert ran_on["cpu"] and ran_on["cores"] == os.cpu_count()
+    assert stages["rl"]["rollout_workers"] == load_config(None, []).rl.rollout_workers
+
+
+def test_the_times_of_steps_and_of_workers_fit_one_another(finished_run: Path) -> None:
+    result = json.loads((finished_run / "results/rl.json").read_text())
+    curve = [row for row in read_metrics(str(finished_run))["rl"] if "time/ended" in row]
+    for row in curve:
+        parts = row["time/wait_s"] + row["time/learn_s"] + row["time/publish_s"]
+        assert parts == pytest.approx(row["time/step_s"], rel=0.05, abs=0.05)
+        assert 0 <= row["time/learner_idle_fraction"] < 1
+    # New weights every step (max_staleness = 0); where a validation comes first, it fetches them.
+    assert all(row["time/fetch_s"] > 0 for row in curve if row["step"] % 3)
+    ended = {row["step"]: row["time/ended"] for row in curve}
+    spans: dict[str, set[tuple[float, float]]] = {}
+    for row in rows(finished_run / "ledger.jsonl"):
+        since, until = row["sampled"]
+        assert result["started"] < since < until < ended[row["step"]]
+        if row["step"]:  # on-policy: only after the step before
+            assert since > ended[row["step"] - 1] - 0.1
+        spans.setdefault(row["worker"], set()).add((since, until))
+    for of_one in spans.values():  # a worker does one thing at a time
+        ordered = sorted(of_one)
+        assert all(a[1] <= b[0] + 0.002 for a, b in pairwise(ordered))
+    assert "plots/rl_timeline.png" in (finished_run / "report.md").read_text()
 
 
 def test_a_run_against_its_own_copy_differs_in_nothing(

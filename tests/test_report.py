@@ -13,7 +13,8 @@ from aquarl.config import Config, EvaluateConfig, to_toml
 from aquarl.errors import DataError, StorageError
 from aquarl.evaluate.evaluator import evaluate_policy, evaluation_summary
 from aquarl.evaluate.plots import series
-from aquarl.evaluate.report import environment, write_report
+from aquarl.evaluate.report import write_report
+from aquarl.observe.machine import environment
 from aquarl.observe.metrics import JsonlSink
 from aquarl.records import Problem, Sampling
 from tests.fakes import ScriptedSampler, byte_tokenizer
@@ -42,6 +43,9 @@ def log_rl(run_dir: str, steps: int) -> None:
             "rollout/cut_fraction": abs(0.08 * math.exp(-5 * step / steps) + rng.gauss(0, 0.01)),
             "loss/policy": rng.gauss(0, 0.01),
         }
+        metrics |= {"time/step_s": 2.0, "time/wait_s": 0.5, "time/publish_s": 0.1}
+        metrics |= {"time/learner_idle_fraction": 0.25, "time/rollout_idle_fraction": 0.4}
+        metrics |= {"time/ended": 1e9 + 2 * step, "tokens/trained": 3000}
         if step % (steps // 4) == 0:
             metrics["validation/accuracy"] = reward + 0.02
         sink.log("rl", step, metrics)
@@ -101,9 +105,29 @@ def make_run(run_dir: str) -> None:
             "learners": 2,
             "metrics": {},
             "refused": {"no rationale": 3} if stage == "sft" else {},
+            "ran_on": {
+                "cpu": "Z80",
+                "cores": 1,
+                "memory_gib": 0.1,
+                "nodes": 3,
+                "cluster_cpus": 48.0,
+                "gpus": ["H100"] * (stage == "rl"),
+                "cluster_gpus": 8.0,
+            },
+            "rollout_workers": 2 if stage == "rl" else None,
         }
         write_result(run_dir, stage, result)
     write_result(run_dir, "evaluate", measured())
+    spans = "".join(
+        json.dumps(
+            {"step": step, "lease": 2 * step + i, "worker": f"rollout-{i}",
+             "sampled": [1e9 + 2 * step, 1e9 + 2 * step + 1.2]}
+        ) + "\n"
+        for step in range(1, 121)
+        for i in (0, 1)
+    )  # fmt: skip
+    fs, folder = fsspec.url_to_fs(run_dir)
+    fs.pipe_file(f"{folder}/ledger.jsonl", spans.encode())
     fs, folder = fsspec.url_to_fs(run_dir)
     config = Config.model_validate({"track": {"price_per_hour": 10.0}})
     fs.pipe_file(f"{folder}/config.toml", to_toml(config).encode())
@@ -147,14 +171,24 @@ def test_the_page_compares_stages_on_the_same_problems(run: Path) -> None:
 def test_the_table_of_stages_holds_steps_tokens_time_and_cost(run: Path) -> None:
     page = (run / "report.md").read_text()
     # 400 steps of 8,192 tokens; 720 s = 12 min at 10.0 an hour
-    assert "| base | 400 | 3,276,800 | 12 min | 2 | 2.00 | loss/train" in page
+    assert "| base | 400 | 3,276,800 | - | 12 min | 2 | 2.00 | loss/train" in page
     assert "Rows left out of sft: no rationale: 3." in page
+
+
+def test_the_page_says_where_stages_ran_how_fast_and_who_was_idle(run: Path) -> None:
+    page = (run / "report.md").read_text()
+    around = "1 core, 0.1 GiB, GPUs: {}; Ray: 3 nodes with 48 CPUs and 8 GPUs"
+    assert f"- base, mid, sft: Z80, {around.format('none')}" in page
+    assert f"- rl (2 rollout workers): Z80, {around.format('H100')}" in page
+    assert "| rl | 120 | 983,040 | 1,500 |" in page  # 3,000 tokens in steps of 2 s
+    assert "waited for groups 25.0 % of its steps' time" in page
+    assert "without work 40.0 %" in page
 
 
 def test_every_picture_on_the_page_is_there_and_is_a_png(run: Path) -> None:
     page = (run / "report.md").read_text()
     names = json.loads((run / "report.json").read_text())["plots"]
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         assert f"]({name})" in page
         assert (run / name).read_bytes().startswith(PNG)
@@ -183,7 +217,7 @@ def test_a_stage_still_running_is_shown_so_far_and_the_rest_is_left_out(tmp_path
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "base", "step": 11, "loss/train": null}\n{"stage": "base", "st')
     page = Path(write_report(str(tmp_path))).read_text()
-    assert "| base | 11 so far | - | - | - | loss/train" in page
+    assert "| base | 11 so far | - | - | - | - | loss/train" in page
     assert "Accuracy" not in page
     assert "cost" not in page
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
@@ -233,7 +267,7 @@ def test_a_run_in_a_bucket_is_reported_there() -> None:
     write_result(run_dir, "base", {"stage": "base", "steps": 10, "wall_s": 4.0})
     assert write_report(run_dir) == f"{run_dir}/report.md"
     fs, folder = fsspec.url_to_fs(run_dir)
-    assert "| base | 10 | - | 4.0 s | - |" in fs.cat_file(f"{folder}/report.md").decode()
+    assert "| base | 10 | - | - | 4.0 s | - |" in fs.cat_file(f"{folder}/report.md").decode()
     assert fs.cat_file(f"{folder}/plots/loss.png").startswith(PNG)
 
 

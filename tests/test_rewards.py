@@ -48,13 +48,15 @@ def lease(purpose: str = "train") -> Lease:
 def test_each_prompt_of_a_lease_gives_a_group_of_its_own() -> None:
     rollouts = [[rollout("Answer: C"), rollout("Answer: B")] for _ in range(2)]
     groups = scored_groups(
-        lease(), rollouts, TOKENIZER, RLConfig(), weights_version=5, worker="w", sample_s=3.0
-    )
+        lease(), rollouts, TOKENIZER, RLConfig(), weights_version=5, worker="w", sample_s=3.0,
+        fetch_s=0.5, sampled_from=100.0,
+    )  # fmt: skip
     assert [g.advantages for g in groups] == [(0.5, -0.5), (-0.5, 0.5)]
     assert [(g.lease_id, g.index, g.step) for g in groups] == [(7, 0, 3), (7, 1, 3)]
     assert [g.prompt for g in groups] == list(lease().prompts)
     assert all(g.weights_version == 5 for g in groups), "the sampler's, not the lease's"
-    assert sum(g.sample_s for g in groups) == 3.0
+    assert (sum(g.sample_s for g in groups), sum(g.fetch_s for g in groups)) == (3.0, 0.5)
+    assert all(g.sampled == (100.0, 103.0) for g in groups), "when the whole lease was sampled"
 
 
 def test_an_evaluation_has_rewards_but_teaches_nothing() -> None:

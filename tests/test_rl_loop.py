@@ -12,9 +12,9 @@ from aquarl.config import RLConfig, SupervisedConfig
 from aquarl.data.batches import PackedRows
 from aquarl.engines.torch_engine import TorchSampler
 from aquarl.model.gpt import GPT, Shape
-from aquarl.records import Conversation, Message, Metrics, Problem, Weights
+from aquarl.records import Conversation, Message, Metrics, Problem, StepShare, Weights
 from aquarl.rl.learner import Learner
-from aquarl.rl.loop import InProcess, train_policy
+from aquarl.rl.loop import InProcess, step_times, train_policy
 from aquarl.rl.prompts import PromptSource
 from aquarl.rl.stream import RolloutStream
 from aquarl.tasks.base import to_conversation, to_prompt
@@ -63,6 +63,14 @@ def config_of(**settings: object) -> RLConfig:
         "save_every": 2,
     }
     return RLConfig(**(plan | settings))
+
+
+def test_waiting_learning_and_publishing_make_up_a_step() -> None:
+    share = StepShare((), 0, 0, {"time/sample_per_worker_s": 3.0})
+    times = step_times(share, began=10.0, waited=12.0, learned=15.0, published=16.0)
+    assert (times["time/wait_s"], times["time/publish_s"], times["time/step_s"]) == (2, 1, 6)
+    assert times["time/learner_idle_fraction"] == 2 / 6
+    assert times["time/rollout_idle_fraction"] == 3 / 6
 
 
 class Run:

@@ -421,8 +421,8 @@ def test_a_step_is_described_by_hand() -> None:
     none = replace(wrong, letter=None)
     group = make_group([], [[1], [2]], version=4)
     groups = [
-        replace(group, rollouts=(right, wrong), sample_s=1.5),
-        replace(group, rollouts=(none, none), weights_version=5),
+        replace(group, rollouts=(right, wrong), sample_s=1.5, fetch_s=0.25),
+        replace(group, rollouts=(none, none), weights_version=5, worker="another"),
     ]
     assert describe(groups, step=5) == {
         "reward/mean": 0.25,
@@ -435,4 +435,6 @@ def test_a_step_is_described_by_hand() -> None:
         "rollout/staleness_mean": 0.5,
         "rollout/staleness_max": 1,
         "time/sample_s": 1.5,
+        "time/sample_per_worker_s": 0.75,
+        "time/fetch_s": 0.25,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from itertools import islice
@@ -27,12 +26,9 @@ from aquarl.tasks.catalog import (
 from aquarl.tasks.chat import conversation_from_row
 from aquarl.tasks.gsm8k import plain_answer
 from aquarl.tasks.rows import problem_from_row
+from tests.fakes import REAL, real_data
 
-REAL = Path(os.environ.get("AQUARL_DATA") or Path(__file__).parents[2] / "shared" / "data")
-needs_real_data = pytest.mark.skipif(
-    not (REAL / "gsm8k").is_dir(),
-    reason=f"no gsm8k/ in {REAL}: set AQUARL_DATA to a folder that has one",
-)
+needs_real_data = real_data("gsm8k")
 FOUR = ["A)1", "B)2", "C)3", "D)4"]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from aquarl.bench.pieces import Piece
-from aquarl.evaluate.report import cpu_model
+from aquarl.observe.machine import cpu_model
 
 Figures = dict[str, Any]
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import ray
 
-from aquarl.cluster.results import finished_policy, tokenizer_folder
+from aquarl.cluster.results import finished_checkpoint, finished_policy, tokenizer_folder
 from aquarl.cluster.rollout_pool import sampler_maker, unused
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import ConfigError
 from aquarl.evaluate.evaluator import compare, evaluate_policy, evaluation_summary
+from aquarl.model.checkpoint import read_meta
 from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT
 from aquarl.records import Problem, Prompt, Rollout, Sampling, Weights
@@ -124,7 +125,16 @@ def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str
         last = config.evaluate.stages[-1]
         summary["stages"][against] = measured
         summary["comparisons"].append({"a": against, "b": last, **compare(measured, results[last])})
+        summary["stages"][against]["checkpoint"] = _step_and_stage(folder, stage)
+    for name in config.evaluate.stages:
+        summary["stages"][name]["checkpoint"] = _step_and_stage(config.run.dir, name)
     return summary
+
+
+def _step_and_stage(run_dir: str, stage: str) -> dict[str, Any]:
+    """Return which checkpoint was measured."""
+    meta = read_meta(finished_checkpoint(run_dir, stage))
+    return {"stage": meta["stage"], "step": meta["step"]}
 
 
 def _folder_and_stage(against: str) -> tuple[str, str, str]:

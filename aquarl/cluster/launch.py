@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from aquarl.cluster.errors import first_line, plain_errors
 from aquarl.cluster.results import (
     finished_at,
     put_json,
+    ran_on,
     record,
     require_predecessor,
     stands,
@@ -51,7 +53,7 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
     missing = tuple(stage for stage in stages if not stands(config, stage))
     for stage in stages:
         if stage not in missing:
-            print(f"{stage:>9}  stands already in {config.run.dir}")
+            print(f"{stage:>9}  stands already in {config.run.dir}", file=sys.stderr)
     if not missing:
         return
     if "rl" in missing:
@@ -157,6 +159,7 @@ def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]
         against: Another run directory, or one of its stages as DIR:STAGE, to compare with.
     """
     check_engine(config)
+    began = time.time()
     with connected(config), plain_errors():
         check_resources(config, with_rollouts=True, learners=0)
         from aquarl.cluster.evaluation import evaluate_checkpoints
@@ -165,6 +168,9 @@ def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]
             "evaluating " + ", ".join(config.evaluate.stages), refresh_per_second=4
         ):
             result = evaluate_checkpoints(config, against)
+        result["ran_on"] = ran_on()
+    result["wall_s"] = time.time() - began
+    result["rollout_workers"] = config.rl.rollout_workers
     put_json(f"{config.run.dir}/results/evaluate.json", result)
     return result
 

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import fsspec
 import torch
 import torch.distributed as dist
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import nn
@@ -86,7 +88,7 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
         ),
         run_config=RunConfig(
             name=f"aquarl-{time.time_ns()}",  # resuming is ours: never reuse Train's own state
-            storage_path=_train_storage(config),
+            **_train_storage(config),
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures,
                 controller_failure_limit=cluster.max_failures,  # for ever, by default
@@ -137,11 +139,15 @@ class _Loop:
         return {}
 
 
-def _train_storage(config: Config) -> str:
-    """Where Ray Train keeps its own notes: beside the run where that is a bucket."""
-    if "://" in config.run.dir:
-        return f"{config.run.dir}/ray_train"
-    return os.path.join(tempfile.gettempdir(), "aquarl_ray_train")
+def _train_storage(config: Config) -> dict[str, Any]:
+    """Return where Ray Train keeps its own notes: beside the run where that is a bucket.
+
+    By fsspec there too: pyarrow's own clients, Ray's choice, know other settings and credentials.
+    """
+    if "://" not in config.run.dir:
+        return {"storage_path": os.path.join(tempfile.gettempdir(), "aquarl_ray_train")}
+    fs, path = fsspec.url_to_fs(f"{config.run.dir}/ray_train")
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
 def _root(error: BaseException) -> str:

@@ -7,6 +7,7 @@ If the relay is gone the run goes on without it.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from rich.console import Console
 
 from aquarl.cluster.rollout_pool import unused
@@ -57,23 +58,27 @@ def relay_to(sinks: Sinks) -> Iterator[ActorHandle]:
     """Hire a relay and pass on what comes, until the block is left; then what is left in it."""
     relay: Any = ray.remote(num_cpus=0)(MetricsRelay).options(name=unused("metrics-relay")).remote()
     is_over = threading.Event()
-    starting = Console().status(
+    starting = Console(stderr=True).status(
         "starting workers", refresh_per_second=4
     )  # shows itself on terminals only
 
     def pass_on() -> None:
-        is_last = False
+        is_last, taking = False, None
         while not is_last:
             is_last = is_over.wait(POLL_S)
+            taking = taking or relay.take.remote()
             try:
-                taken = ray.get(relay.take.remote(), timeout=30)
+                taken = ray.get(taking, timeout=30)
+            except GetTimeoutError:
+                continue  # a very busy machine: what it took is not lost
             except RayError:
                 return
+            taking = None
             for stage, step, said in taken:
                 starting.stop()
                 if isinstance(said, str):
                     sinks.close()  # each opens again for the next stage
-                    print(said, flush=True)
+                    print(said, file=sys.stderr, flush=True)
                 else:
                     sinks.log(stage, step, said)
 

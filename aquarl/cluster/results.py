@@ -107,6 +107,7 @@ def record(config: Config, stage: str, since: float, metrics: Metrics, **facts: 
         "started": since,
         "finished": finished,
         "wall_s": finished - since,
+        "ran_on": ran_on(),
         "metrics": metrics,
         "settings": settings_of(config, stage),
         **facts,
@@ -114,6 +115,22 @@ def record(config: Config, stage: str, since: float, metrics: Metrics, **facts: 
     put_json(f"{config.run.dir}/results/{stage}.json", summary)
     numbers = "  ".join(f"{name} {metrics[name]:.4g}" for name in HEADLINES if name in metrics)
     return f"{stage:>9}  done in {summary['wall_s']:5.1f} s  {numbers}"
+
+
+def ran_on() -> dict[str, Any]:
+    """Return the hardware of the machine that asks, and how large the Ray cluster around it is."""
+    import ray
+
+    from aquarl.observe.machine import hardware
+
+    if not ray.is_initialized():
+        return hardware()
+    there = ray.cluster_resources()
+    return hardware() | {
+        "nodes": sum(node["Alive"] for node in ray.nodes()),
+        "cluster_cpus": there.get("CPU", 0),
+        "cluster_gpus": there.get("GPU", 0),
+    }
 
 
 def finished_at(config: Config, stage: str) -> float:

@@ -48,13 +48,16 @@ class RolloutWorker:
             offer = ray.get(self._stream.lease.remote(self._name, self._have))
             if offer.is_over:
                 return
+            fetch_s = 0.0
             if offer.weights is not None:
+                fetched_from = time.perf_counter()
                 # From shared memory, without a copy; checks the sum, then flips.
                 self._sampler.load_weights(ray.get(offer.weights))
                 self._have = offer.identity
+                fetch_s = time.perf_counter() - fetched_from
             if (lease := offer.lease) is None:
                 continue
-            started = time.perf_counter()
+            sampled_from, started = time.time(), time.perf_counter()
             rollouts = self._sampler.sample(lease.prompts, lease.seeds, lease.sampling)
             groups = scored_groups(
                 lease,
@@ -64,6 +67,8 @@ class RolloutWorker:
                 weights_version=self._sampler.version,
                 worker=self._name,
                 sample_s=time.perf_counter() - started,
+                fetch_s=fetch_s,
+                sampled_from=sampled_from,
             )
             for group in groups:  # noqa: UP028 (Ray drives it by send(), which a list has not)
                 yield group

@@ -238,6 +238,7 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         last,
         steps=learner.step,
         tokens=trained_tokens,
+        rollout_workers=seen["wanted"],
         refused=seen["refused"],
         stream=seen["counts"] | {"workers_replaced": seen["replaced"]},
     )

@@ -8,12 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+MEANINGS = (
+    "*Tokens*: positions of the rows, padding included; in RL, sampled tokens that were trained. "
+    "*Tokens/s*: the same for each second of a step, the first left out. *Time*: from the end of "
+    "the stage before, starting workers and preparing data included."
+)
+
 
 def markdown(facts: dict[str, Any]) -> str:
     """Return the page. It says what was run, what came out, and how far that can be trusted."""
     parts = [f"# {facts['run']}", _summary(facts), _stage_table(facts["stages"])]
-    parts.append(evaluation_part(facts["evaluation"]))
-    parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in facts["plots"]]
+    parts += [_places_part(facts), evaluation_part(facts["evaluation"])]
+    parts += _pictures(facts["plots"], ("accuracy", "letters"))
+    rl = [_idle_part(facts["stages"].get("rl", {}))]
+    rl += _pictures(facts["plots"], ("reward", "length", "rl_timeline"))
+    supervised = _pictures(facts["plots"], ("loss", "bits_per_byte"))
+    for title, section in (("RL, step by step", rl), ("Before RL", supervised)):
+        if any(section):
+            parts += [f"## {title}", *section]
     parts += [_transcript_part(facts["transcript"]), _environment_part(facts["environment"])]
     if facts["config"]:
         parts.append(
@@ -35,8 +47,10 @@ def _summary(facts: dict[str, Any]) -> str:
             else "below" if greedy["high"] < baseline
             else "not distinguishable from"
         )  # fmt: skip
+        measured = result.get("checkpoint", {}).get("step")
+        which = f" (step {measured})" if measured is not None else ""
         lines.append(
-            f"**{stage}** solves {_interval(greedy)} of {greedy['n']} "
+            f"**{stage}**{which} solves {_interval(greedy)} of {greedy['n']} "
             f"{facts['evaluation'].get('split', '')} problems, {against} the "
             f"{_percent(baseline)} of always naming the commonest letter."
         )
@@ -45,20 +59,67 @@ def _summary(facts: dict[str, Any]) -> str:
 
 def _stage_table(stages: dict[str, Any]) -> str:
     has_cost = any(facts["cost"] for facts in stages.values())
-    head = ["stage", "steps", "tokens", "time", "learners", *(["cost"] if has_cost else []), "last"]
+    has_mfu = any(facts["mfu"] is not None for facts in stages.values())
+    head = ["stage", "steps", "tokens", "tokens/s", *(["MFU"] if has_mfu else []), "time"]
+    head += ["learners", *(["cost"] if has_cost else []), "last"]
     rows = []
     for stage, facts in stages.items():
         last = ", ".join(f"{name} {value:.4g}" for name, value in facts["final"].items())
         steps = _count(facts["steps"]) + ("" if facts["is_finished"] else " so far")
-        row = [stage, steps, _count(facts["tokens"]), _time(facts["wall_s"])]
+        row = [stage, steps, _count(facts["tokens"]), _rate(facts["tokens_per_s"])]
+        row += [*([_percent(facts["mfu"])] if has_mfu else []), _time(facts["wall_s"])]
         row += [_count(facts["learners"]), *([_number(facts["cost"])] if has_cost else []), last]
         rows.append(row)
-    text = f"## Stages\n\n{_table(head, rows)}" if rows else ""
+    text = f"## Stages\n\n{_table(head, rows)}\n\n{MEANINGS}" if rows else ""
     for stage, facts in stages.items():
         if facts["refused"]:
             reasons = ", ".join(f"{why}: {n}" for why, n in facts["refused"].items())
             text += f"\n\nRows left out of {stage}: {reasons}."
     return text
+
+
+def _places_part(facts: dict[str, Any]) -> str:
+    """Say where each stage and the evaluation ran, those of one place together."""
+    places: dict[str, list[str]] = {}
+    whole = facts["stages"] | {"evaluation": facts["evaluation"]}
+    for name, about in whole.items():
+        if ran_on := about.get("ran_on"):
+            workers = about.get("rollout_workers")
+            own = f" ({_plural(workers, 'rollout worker')})" if workers else ""
+            places.setdefault(_place(ran_on), []).append(name + own)
+    lines = [f"- {', '.join(names)}: {place}" for place, names in places.items()]
+    return "### Where they ran\n\n" + "\n".join(lines) if lines else ""
+
+
+def _place(ran_on: dict[str, Any]) -> str:
+    text = f"{ran_on['cpu']}, {_plural(ran_on['cores'], 'core')}, {ran_on['memory_gib']} GiB"
+    text += f", GPUs: {', '.join(ran_on['gpus']) or 'none'}"
+    if "nodes" in ran_on:
+        text += (
+            f"; Ray: {_plural(ran_on['nodes'], 'node')} with {ran_on['cluster_cpus']:g} CPUs and "
+            f"{ran_on['cluster_gpus']:g} GPUs"
+        )
+    return text
+
+
+def _idle_part(rl: dict[str, Any]) -> str:
+    """Say how much of their time learner and rollout workers had nothing to do."""
+    learner, workers = (rl.get("idle", {}).get(who) for who in ("learner", "rollout_workers"))
+    if learner is None or workers is None:
+        return ""
+    return (
+        f"The learner waited for groups {_percent(learner)} of its steps' time; the rollout "
+        f"workers were without work {_percent(workers)} of it (validating and saving left out). "
+        "In the timeline, nothing is drawn for the learner while it saves."
+    )
+
+
+def _pictures(plots: list[str], wanted: tuple[str, ...]) -> list[str]:
+    return [
+        f"![{Path(name).stem.replace('_', ' ')}]({name})"
+        for name in plots
+        if Path(name).stem in wanted
+    ]
 
 
 def evaluation_part(evaluation: dict[str, Any]) -> str:
@@ -154,6 +215,14 @@ def _percent(share: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.2f}"
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _count(value: int | None) -> str:

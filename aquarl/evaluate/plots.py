@@ -24,25 +24,33 @@ COLOURS = {"base": "#0072B2", "mid": "#009E73", "sft": "#E69F00", "rl": "#D55E00
 INK, FAINT = "#333333", "#999999"
 
 
-def all_plots(metrics: Rows, evaluation: dict[str, Any]) -> dict[str, bytes]:
+STEPS_SHOWN, WORKERS_SHOWN = 6, 16
+"""Of the timeline."""
+
+
+def all_plots(
+    metrics: Rows, ledger: list[dict[str, Any]], evaluation: dict[str, Any]
+) -> dict[str, bytes]:
     """Return the pictures of a run by file name, leaving out those with nothing to show.
 
     Args:
         metrics: Rows of each stage in order of step.
+        ledger: Rows of `ledger.jsonl`.
         evaluation: What `results/evaluate.json` holds, or {}.
     """
     stages = evaluation.get("stages", {})
     makers: dict[str, Callable[[], bytes | None]] = {
         "accuracy.png": lambda: accuracy_plot(stages),
+        "letters.png": lambda: letters_plot(stages),
         "reward.png": lambda: reward_plot(metrics, stages),
+        "length.png": lambda: length_plot(metrics),
+        "rl_timeline.png": lambda: timeline_plot(metrics.get("rl", []), ledger),
         "loss.png": lambda: curves_plot(
             metrics, ("loss/train", "loss/validation"), "loss (nats a token)"
         ),
         "bits_per_byte.png": lambda: curves_plot(
-            metrics, ("loss/bits_per_byte",), "bits a byte, validation"
+            metrics, ("loss/bits_per_byte",), "validation: bits a byte"
         ),
-        "length.png": lambda: length_plot(metrics),
-        "letters.png": lambda: letters_plot(stages),
     }
     pictures = {name: make() for name, make in makers.items()}
     return {name: picture for name, picture in pictures.items() if picture}
@@ -55,7 +63,7 @@ def curves_plot(metrics: Rows, names: Sequence[str], what: str) -> bytes | None:
     ]
     if not shown:
         return None
-    figure = Figure(figsize=(0.6 + 3.4 * len(shown), 3.1), layout="constrained")
+    figure = Figure(figsize=(max(5, 0.6 + 2.6 * len(shown)), 3.1), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, stage in zip(panels, shown, strict=True):
         for name in names:
@@ -67,7 +75,7 @@ def curves_plot(metrics: Rows, names: Sequence[str], what: str) -> bytes | None:
                 colour = INK if len(names) > 1 else COLOURS.get(stage, INK)
                 panel.plot(steps, values, "o-", color=colour, ms=4, lw=1.2, label=label)
         _dress(panel, stage, "step", what if panel is panels[0] else "")
-        panel.set_xlim(left=0)
+        panel.set_ylim(bottom=0)
         if len(names) > 1:
             panel.legend(frameon=False, fontsize=8)
     return _png(figure)
@@ -80,14 +88,15 @@ def reward_plot(metrics: Rows, stages: dict[str, Any]) -> bytes | None:
         return None
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     panel = figure.subplots()
-    _noisy(panel, steps, values, COLOURS["rl"], "reward of training rollouts")
+    _noisy(panel, steps, values, COLOURS["rl"], "mean reward of training rollouts")
     names = sorted({name for row in metrics["rl"] for name in row})
     measured = [n for n in names if "accuracy" in n and not n.startswith(("reward/", "time/"))]
     for name, mark in zip(measured, "osD^v", strict=False):
         label = name.replace("/", " ").replace("_", " ")
         panel.plot(*series(metrics["rl"], name), f"{mark}-", color=INK, ms=4.5, lw=1, label=label)
     _baseline(panel, stages)
-    _dress(panel, "rl: mean reward", "step", "")
+    _dress(panel, "rl: reward and accuracy on the way", "step", "reward; share right")
+    panel.set_ylim(bottom=0)
     panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
 
@@ -98,12 +107,12 @@ def length_plot(metrics: Rows) -> bytes | None:
     steps, lengths = series(rows, "rollout/length_mean")
     if not len(steps):
         return None
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
     _noisy(upper, steps, lengths, COLOURS["rl"], "")
     _dress(upper, "rl: length of an answer", "", "tokens, mean")
-    _noisy(lower, *series(rows, "rollout/cut_fraction"), FAINT, "")
-    _dress(lower, "", "step", "share cut")
+    _noisy(lower, *series(rows, "rollout/cut_fraction"), INK, "")
+    _dress(lower, "", "step", "cut by the limit")
     lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     lower.set_ylim(bottom=0)
     return _png(figure)
@@ -118,7 +127,7 @@ def accuracy_plot(stages: dict[str, Any]) -> bytes | None:
         ("sampled", "sampled (pass@1)", "s", "full"),
         ("letter_logit", "letter logit, no text", "D", "none"),
     ]
-    figure = Figure(figsize=(2.4 + 1.7 * len(stages), 3.8), layout="constrained")
+    figure = Figure(figsize=(max(8.4, 2.4 + 1.7 * len(stages)), 3.8), layout="constrained")
     panel = figure.subplots()
     for place, (stage, result) in enumerate(stages.items()):
         for i, (way, label, mark, fill) in enumerate(ways):
@@ -139,7 +148,7 @@ def accuracy_plot(stages: dict[str, Any]) -> bytes | None:
                 panel.plot([], [], mark, color=FAINT, ms=6, fillstyle=fill, label=label)
     _baseline(panel, stages)
     n = max(result["n"] for result in stages.values())
-    _dress(panel, f"accuracy on {n} problems, 95 % intervals", "", "")
+    _dress(panel, f"accuracy on {n} problems, 95 % intervals", "", "problems solved")
     panel.set_xticks(range(len(stages)), list(stages), fontsize=10)
     panel.set_xlim(-0.6, len(stages) - 0.4)
     panel.set_ylim(0, min(1.05, max(0.5, panel.get_ylim()[1] + 0.06)))
@@ -158,16 +167,80 @@ def letters_plot(stages: dict[str, Any]) -> bytes | None:
     if right := first.get("right_letters"):
         bars.insert(0, ("right", "#CCCCCC", right))
     letters = sorted({letter for _, _, counts in bars for letter in counts})
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     panel = figure.subplots()
     width = 0.8 / len(bars)
     for i, (label, colour, counts) in enumerate(bars):
         x = np.arange(len(letters)) + (i - (len(bars) - 1) / 2) * width
         heights = [counts.get(letter, 0) / first["n"] for letter in letters]
         panel.bar(x, heights, width * 0.92, color=colour, label=label)
-    _dress(panel, "letters chosen (greedy), share of problems", "", "")
+    _dress(panel, "letters chosen (greedy)", "", "share of problems")
     panel.set_xticks(range(len(letters)), letters)
     panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return _png(figure)
+
+
+def timeline_plot(rows: list[dict[str, Any]], ledger: list[dict[str, Any]]) -> bytes | None:
+    """Return who was busy when over some steps in the middle of RL: the learner, each worker.
+
+    The clocks of the machines are taken to agree.
+    """
+    timed = [row for row in rows if "time/ended" in row]
+    spans = {
+        (row["worker"], row["lease"]): (*row["sampled"], row["step"])
+        for row in ledger
+        if any(row.get("sampled", ()))
+    }
+    if not timed or not spans:
+        return None
+    first = max(0, (len(timed) - STEPS_SHOWN) // 2)
+    shown = timed[first : first + STEPS_SHOWN]
+    start, end = shown[0]["time/ended"] - shown[0]["time/step_s"], shown[-1]["time/ended"]
+    workers = sorted({worker for worker, _ in spans})
+    lines = [*reversed(workers[:WORKERS_SHOWN]), "learner"]
+
+    figure = Figure(figsize=(8.4, 1.6 + 0.34 * len(lines)), layout="constrained")
+    panel = figure.subplots()
+
+    def bar(line: str, since: float, seconds: float, **look: Any) -> None:
+        left, right = max(since, start), min(since + seconds, end)
+        if right > left and line in lines:
+            panel.barh(lines.index(line), right - left, 0.62, left - start, **look)
+
+    for (worker, _), (since, until, step) in spans.items():
+        bar(worker, since, until - since, color="#0072B2" if step % 2 else "#56B4E9")
+    for row in timed:
+        at = row["time/ended"] - row["time/step_s"]
+        learn_s = row["time/step_s"] - row["time/wait_s"] - row["time/publish_s"]
+        if seconds := row.get("time/validate_s"):
+            bar("learner", at - seconds, seconds, color="#F0E442")
+        bar("learner", at, row["time/wait_s"], color="#E6E6E6")
+        bar("learner", at + row["time/wait_s"], learn_s, color=COLOURS["rl"])
+        bar("learner", row["time/ended"] - row["time/publish_s"], row["time/publish_s"], color=INK)
+        middle = at + row["time/wait_s"] + learn_s / 2 - start
+        if learn_s > 0.03 * (end - start) and 0 < middle < end - start:
+            panel.text(
+                middle, len(lines) - 1, row["step"], ha="center", va="center", fontsize=8, color="w"
+            )
+    for colour, label in (
+        (COLOURS["rl"], "learns (step)"),
+        ("#E6E6E6", "waits for groups"),
+        (INK, "publishes weights"),
+        ("#F0E442", "validates"),
+        ("#0072B2", "samples for odd steps"),
+        ("#56B4E9", "samples for even steps"),
+    ):
+        panel.barh(0, 0, color=colour, label=label)
+    steps = f"steps {shown[0]['step']} to {shown[-1]['step']}"
+    left_out = len(workers) - WORKERS_SHOWN
+    if left_out > 0:
+        steps += f", {left_out} workers not shown"
+    _dress(panel, f"rl: who is busy when ({steps})", "seconds", "")
+    panel.set_xlim(0, end - start)
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=8))
+    panel.set_yticks(range(len(lines)), lines)
+    panel.grid(visible=False)
     panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
 
@@ -201,7 +274,7 @@ def _baseline(panel: Axes, stages: dict[str, Any]) -> None:
     baselines = [r["greedy"]["majority_baseline"] for r in stages.values() if "greedy" in r]
     if baselines:
         label = f"always the commonest letter ({baselines[0]:.0%})"
-        panel.axhline(baselines[0], color=FAINT, lw=1.2, ls=(0, (5, 3)), zorder=0, label=label)
+        panel.axhline(baselines[0], color=INK, lw=1.2, ls=(0, (5, 3)), zorder=1.5, label=label)
 
 
 def _dress(panel: Axes, title: str, x: str, y: str) -> None:

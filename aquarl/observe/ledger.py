@@ -1,5 +1,7 @@
 """Trained groups in, `ledger.jsonl` out: the proof that no problem was skipped or trained twice.
 
+It also says who sampled each group and when, from which `evaluate.report` draws the timeline.
+
 One line a group, in the order of training. A learner that goes back to a checkpoint takes back
 the lines after it, so the file always tells of the policy that is.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import fsspec
 
@@ -38,6 +41,7 @@ class Ledger:
                     "problem": group.prompt.problem_id,
                     "weights_version": group.weights_version,
                     "worker": group.worker,
+                    "sampled": [round(moment, 3) for moment in group.sampled],
                     "rewards": [rollout.reward for rollout in group.rollouts],
                 }
             )
@@ -47,3 +51,12 @@ class Ledger:
     def write(self) -> None:
         """Make the file say all of it. Raises: StorageError."""
         put(self._path, "".join(f"{line}\n" for line in self._lines).encode())
+
+
+def read_ledger(run_dir: str) -> list[dict[str, Any]]:
+    """Return the rows of a run's ledger in the order of training; none before RL."""
+    fs, path = fsspec.url_to_fs(f"{run_dir.rstrip('/')}/ledger.jsonl")
+    try:
+        return [json.loads(line) for line in fs.cat_file(path).splitlines()]
+    except FileNotFoundError:
+        return []

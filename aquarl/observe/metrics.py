@@ -192,7 +192,7 @@ class ConsoleSink:
         self, steps: Mapping[str, int], console: Console | None = None, every_s: float = 5.0
     ) -> None:
         self._steps, self._every_s = steps, every_s
-        self._console = console or Console()
+        self._console = console or Console(stderr=True)  # stdout is for results
         self._stage, self._held = "", ""
         self._shown_at = -math.inf
         self._progress: Progress | None = None
@@ -259,11 +259,15 @@ class WandbSink:
     """One W&B run for each stage, all in a group named like the run directory.
 
     Ids are kept in `wandb.json` of the run directory, so a resumed stage goes on in its own run.
-    Signing in is tried once a stage: a service that is away may not slow down every step.
+    Where nobody is logged in or the service is away, curves are kept as W&B's offline runs, which
+    `wandb sync` sends later. That is found out once: it may not slow down every stage.
+
+    Args:
+        patience_s: The longest to wait for the service, at the start and at the end of a stage.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, patience_s: float = 30.0) -> None:
+        self._config, self._mode, self._patience_s = config, wandb_mode(config), patience_s
         self._fs, folder = fsspec.url_to_fs(config.run.dir)
         self._folder = folder.rstrip("/")
         self._runs: dict[str, Any] = {}
@@ -283,7 +287,31 @@ class WandbSink:
             run.finish()
 
     def _start(self, stage: str) -> Any:
+        """Return the stage's run: where it cannot be online, offline, saying why."""
         import wandb  # a second to import: only for those who want it
+
+        if self._mode != "online":
+            return self._init(stage)
+        try:
+            if not wandb.login(
+                prompt=False, verify=False
+            ):  # never ask: nobody may be there, and all waits
+                raise wandb.errors.AuthenticationError("nobody is logged in: `wandb login`")
+            return self._init(stage)
+        except wandb.errors.Error as error:
+            self._mode = "offline"
+            wandb.teardown()  # it still holds the id of the run that did not start
+            run = self._init(stage)
+            folder = os.path.dirname(os.path.dirname(run.dir))
+            logger.warning(
+                "W&B cannot be used (%s). The curves of this run are kept in %s; "
+                "`wandb sync %s/offline-run-*` sends them.",
+                *(str(error).split("\n", 1)[0], folder, folder),
+            )
+            return run
+
+    def _init(self, stage: str) -> Any:
+        import wandb
 
         is_local = "file" in self._fs.protocol
         if is_local:
@@ -297,10 +325,15 @@ class WandbSink:
             id=self._id(stage),
             resume="allow",
             reinit="create_new",
-            mode=wandb_mode(self._config),  # type: ignore[arg-type]
+            mode=self._mode,  # type: ignore[arg-type]
             dir=self._folder if is_local else None,
             config=self._config.model_dump(mode="json"),
-            settings=wandb.Settings(init_timeout=60, silent=True),
+            settings=wandb.Settings(
+                init_timeout=self._patience_s,
+                finish_timeout=self._patience_s,
+                finish_timeout_raises=False,
+                silent=True,
+            ),
         )
         run.define_metric("*", step_metric="step")
         return run

@@ -67,29 +67,45 @@ def train_policy(
         if is_first_rank and step % config.eval_every == 0:
             log(step, validate(stream, validation, config, step))
 
-        waited_from = time.perf_counter()
+        began = time.perf_counter()
         share = stream.next_step(step, learner.rank, learner.world)
-        waited_s = time.perf_counter() - waited_from
+        waited = time.perf_counter()
         metrics = learner.update(share.groups, share.tokens_in_step, share.rollouts_in_step)
-        published_from = time.perf_counter()
+        learned = time.perf_counter()
         if is_first_rank:
             stream.publish(learner.weights())
-        published_s = time.perf_counter() - published_from
+        times = step_times(share, began, waited, learned, time.perf_counter())
 
-        log(
-            step,
-            metrics
-            | share.metrics
-            | {
-                "time/wait_s": waited_s,
-                "time/publish_s": published_s,
-                "tokens/trained": share.tokens_in_step,
-            },
-        )
+        log(step, metrics | share.metrics | times | {"tokens/trained": share.tokens_in_step})
         if learner.step % config.save_every == 0 or learner.step == config.steps:
             save(learner, stream.frontier(learner.step))
     if is_first_rank:
         log(learner.step, validate(stream, validation, config, learner.step))
+
+
+def step_times(
+    share: StepShare, began: float, waited: float, learned: float, published: float
+) -> Metrics:
+    """Return where a step's time went, as the learner and as the rollout workers see it.
+
+    Args:
+        began, waited, learned, published: When the step began and its three parts were done, in
+            seconds of `time.perf_counter`.
+
+    Returns:
+        Seconds, and two shares of the step: the learner is idle while it waits for groups, a
+        worker when it does not sample. What is sampled ahead for a step counts for that step, so
+        the workers' share is right on average over steps, and a single one may be below 0.
+    """
+    step_s = published - began
+    return {
+        "time/wait_s": waited - began,
+        "time/publish_s": published - learned,
+        "time/step_s": step_s,
+        "time/ended": time.time(),  # Unix seconds: where to draw the step beside the workers
+        "time/learner_idle_fraction": (waited - began) / step_s,
+        "time/rollout_idle_fraction": 1 - share.metrics["time/sample_per_worker_s"] / step_s,
+    }
 
 
 def validate(
@@ -102,6 +118,7 @@ def validate(
     if not prompts:
         return {}
     sampling = Sampling(config.max_new_tokens, temperature=0.0)
+    began = time.perf_counter()
     groups = stream.evaluate(f"validation {step}", prompts, sampling)
     seen = describe(groups, step)
     return {
@@ -109,6 +126,7 @@ def validate(
         "validation/committed_fraction": seen["reward/committed_fraction"],
         "validation/length_mean": seen["rollout/length_mean"],
         "validation/cut_fraction": seen["rollout/cut_fraction"],
+        "time/validate_s": time.perf_counter() - began,
     }
 
 
@@ -144,7 +162,7 @@ class InProcess:
         """Take one lease and finish it."""
         lease = self.stream.lease("in process", time.monotonic())
         assert lease is not None, "a step that is not complete has a lease to give"
-        started = time.perf_counter()
+        sampled_from, started = time.time(), time.perf_counter()
         rollouts = self.sampler.sample(lease.prompts, lease.seeds, lease.sampling)
         for group in scored_groups(
             lease,
@@ -153,5 +171,7 @@ class InProcess:
             self.config,
             weights_version=self.sampler.version,
             sample_s=time.perf_counter() - started,
+            worker="in process",
+            sampled_from=sampled_from,
         ):
             self.stream.submit(group)

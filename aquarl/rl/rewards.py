@@ -41,8 +41,15 @@ def scored_groups(
     weights_version: int,
     worker: str = "",
     sample_s: float = 0.0,
+    fetch_s: float = 0.0,
+    sampled_from: float = 0.0,
 ) -> list[RolloutGroup]:
-    """Return one group a prompt of the lease. Evaluation leases have all advantages 0."""
+    """Return one group a prompt of the lease. Evaluation leases have all advantages 0.
+
+    Args:
+        sample_s, fetch_s: Wall seconds of the whole lease.
+        sampled_from: Unix seconds at which the sampling began.
+    """
     scored_PG = [
         tuple(score(rollout, prompt, tokenizer, config) for rollout in row)
         for prompt, row in zip(lease.prompts, rollouts_PG, strict=True)
@@ -63,6 +70,8 @@ def scored_groups(
             weights_version=weights_version,
             worker=worker,
             sample_s=sample_s / len(lease.prompts),
+            fetch_s=fetch_s / len(lease.prompts),
+            sampled=(sampled_from, sampled_from + sample_s),
         )
         for p, prompt in enumerate(lease.prompts)
     ]

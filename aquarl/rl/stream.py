@@ -263,6 +263,7 @@ def describe(groups: Sequence[RolloutGroup], step: int) -> Metrics:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     n, lengths = len(rollouts), [len(rollout.ids) for rollout in rollouts]
     right = sum(r.letter == g.prompt.answer_letter for g in groups for r in g.rollouts)
+    sample_s = sum(group.sample_s for group in groups)
     staleness = [step - group.weights_version for group in groups]
     return {
         "reward/mean": sum(rollout.reward for rollout in rollouts) / n,
@@ -274,5 +275,7 @@ def describe(groups: Sequence[RolloutGroup], step: int) -> Metrics:
         "rollout/cut_fraction": sum(not rollout.stopped for rollout in rollouts) / n,
         "rollout/staleness_mean": sum(staleness) / len(staleness),
         "rollout/staleness_max": max(staleness),
-        "time/sample_s": sum(group.sample_s for group in groups),
+        "time/sample_s": sample_s,
+        "time/sample_per_worker_s": sample_s / len({group.worker for group in groups}),
+        "time/fetch_s": sum(group.fetch_s for group in groups),
     }

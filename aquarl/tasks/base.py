@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.records import Conversation, Message, Problem, Prompt
+from aquarl.tasks.rationale import names_an_option
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,13 @@ def shifted(problem: Problem, places: int) -> Problem:
 
 
 def shuffled_options(problem: Problem, rng: random.Random) -> Problem:
-    """Return the problem with its options in an order drawn from `rng`."""
+    """Return the problem with its options in an order drawn from `rng`.
+
+    Where the worked solution names an option by its letter ("so C is out") the order stays.
+    """
     order = list(range(len(problem.options)))
     rng.shuffle(order)
-    return permuted(problem, order)
+    return problem if names_an_option(problem.rationale) else permuted(problem, order)
 
 
 def question_key(problem: Problem) -> str:

@@ -5,8 +5,9 @@ that off, and `base.solution_text` writes the one line that is graded in its pla
 letter the right option has by then.
 
 Measured on the 12,490 rationales of AQuA-RAT and MathQA that were at hand: 75 % lose such words.
-About 1 % still name a letter further up ("only option C fits"); those are left, since cutting them
-would break sentences.
+About 4 % may still name a letter further up ("only option C fits"). Those words are left, since
+cutting them would break sentences; `names_an_option` finds them, so that such a solution is never
+shown under other letters (`base.shuffled_options`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,16 @@ LONE = re.compile(
     re.IGNORECASE,
 )
 
+# "option C", "choices a", "answer is (b)"; "(D)"; a line "E. 4^10"; "C is out". Formulas such as
+# P(A) match too: to keep an order for nothing costs little, a wrong letter would be learned.
+NAMED_WITHIN = re.compile(
+    rf"\b{_CALLED}\b\.?\s*(?:is|are|:|=)?\s*[(\[]?[A-E]\b"
+    r"|[(\[]\s*[A-E]\s*[)\]]"
+    r"|(?-i:^[ \t]*[A-E]\s*[).:])"
+    r"|(?-i:\b[A-E])\s+(?:is|are)\s+(?:the\s+)?(?:correct|right|wrong|incorrect|out|answer)\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+
 LONGEST_COMMITMENT = 120
 """Characters at a text's end within which such words are looked for."""
 
@@ -79,3 +90,8 @@ def _start_of_commitment(text: str, letter: str) -> int | None:
         if match and (pattern is NAMED or match["letter"].upper() == letter):
             return match.start("cut")
     return None
+
+
+def names_an_option(rationale: str) -> bool:
+    """Return whether a worked solution seems to call an option by its letter."""
+    return NAMED_WITHIN.search(rationale) is not None
