@@ -173,15 +173,19 @@ class RLConfig(OptimConfig):
     engine: Literal["torch", "vllm"] = "torch"
     """Who samples: plain torch, or vLLM, which is an extra install and pays on GPUs."""
     rollout_workers: PositiveInt = 1
-    max_staleness: NonNegativeInt = 1
+    max_staleness: int = Field(1, ge=0, le=8)
     """How many versions behind the learner a group may have been sampled; 0 is on-policy."""
     loss: Literal["reinforce", "ppo", "gspo", "cispo"] = "reinforce"
     advantage: Literal["mean", "std", "rloo", "global"] = "mean"
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: PositiveFloat = 0.28
     """The ratio may move within [1 - clip_low, 1 + clip_high] (arXiv:2503.14476)."""
+    correct_staleness: bool = True
+    """Weigh each token by policy / sampler under REINFORCE; the other losses have ratios anyway."""
     ratio_cap: PositiveFloat = 5.0
-    """Truncation of the importance ratio under REINFORCE and CISPO when groups are stale."""
+    """Where that weight is truncated (arXiv:1802.01561)."""
+    mask_ratio: float = Field(math.inf, gt=1)
+    """Answers whose mean ratio is above this, or below one over it, are left out of the loss."""
     kl_weight: NonNegativeFloat = 0.0
     """Weight of the k3 estimate of KL(policy || SFT policy) in the loss."""
     format_bonus: NonNegativeFloat = 0.0

@@ -86,6 +86,8 @@ def test_every_preset_is_a_valid_configuration() -> None:
         ("rl.temperature=nan", "rl.temperature is nan"),
         ("rl.loss=dpo", "'reinforce', 'ppo', 'gspo' or 'cispo'"),
         ("rl.max_staleness=-1", "rl.max_staleness is -1"),
+        ("rl.max_staleness=9", "rl.max_staleness is 9, but: input should be less than or equal"),
+        ("rl.mask_ratio=1", "rl.mask_ratio is 1, but: input should be greater than 1"),
         ("rl.rollouts_per_prompt=1", "Try rl.rollouts_per_prompt=8."),
         ("rl.prompts_per_lease=5", "Try rl.prompts_per_lease=16."),
         ("rl.top_k=5", "the learner scores the whole one"),

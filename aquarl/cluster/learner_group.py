@@ -40,6 +40,14 @@ class Member:
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
+    def total(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Return each number's sum over the group. All ranks have the same names."""
+        if self.world == 1:
+            return numbers
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(values)
+        return dict(zip(numbers, values.tolist(), strict=True))
+
     def once_a_machine(self, work: Callable[[], None]) -> None:
         """Do this on one worker of each machine while the others wait for it."""
         if self.local_rank == 0:
