@@ -175,6 +175,9 @@ class RLConfig(OptimConfig):
     rollout_workers: PositiveInt = 1
     max_staleness: int = Field(1, ge=0, le=8)
     """How many versions behind the learner a group may have been sampled; 0 is on-policy."""
+    inflight_updates: bool = False
+    """Take newer weights between two tokens of an answer, not only between leases. Fresher tokens,
+    and with `max_staleness` above 0 a run is then not repeatable. Torch engine only."""
     loss: Literal["reinforce", "ppo", "gspo", "cispo"] = "reinforce"
     advantage: Literal["mean", "std", "rloo", "global"] = "mean"
     clip_low: float = Field(0.2, gt=0, lt=1)
@@ -218,6 +221,11 @@ class RLConfig(OptimConfig):
                 f"rl.prompts_per_step is {self.prompts_per_step} and rl.prompts_per_lease is "
                 f"{self.prompts_per_lease}, but a step is made of whole leases. "
                 f"Try rl.prompts_per_lease={self.prompts_per_step}."
+            )
+        if self.inflight_updates and self.engine != "torch":
+            raise ConfigError(
+                f"rl.inflight_updates is on, but rl.engine={self.engine} takes new weights between "
+                "leases only. Try rl.engine=torch, or leave rl.inflight_updates out."
             )
         if self.top_k or self.top_p != 1.0:
             raise ConfigError(

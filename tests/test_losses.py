@@ -217,7 +217,7 @@ def test_the_corrected_gradient_of_stale_tokens_is_the_on_policy_one() -> None:
 
 
 def test_with_one_update_a_batch_decoupled_ppo_is_this_weight() -> None:
-    """arXiv:2505.24298 eq. 5 with the proximal policy equal to the policy before its update."""
+    """arXiv:2505.24298 section 5.2, the proximal policy being the policy before its update."""
     logprobs_BT, batch = random_step()
     ours = logprobs_BT.double().requires_grad_()
     theirs = logprobs_BT.double().requires_grad_()

@@ -177,6 +177,14 @@ class StreamActor:
             await self._wait(deadline)
         return Offer()
 
+    async def newer(self, have: WeightsIdentity | None) -> Offer:
+        """Return the newest weights once they are others than these; none after some seconds."""
+        deadline = time.monotonic() + LEASE_WAIT_S
+        while self._identity == have and time.monotonic() < deadline:
+            await self._wait(deadline)
+        is_new = self._identity != have
+        return Offer(weights=self._weights if is_new else None, identity=self._identity)
+
     def _is_surplus(self, worker: str) -> bool:
         return worker not in list(self._workers)[: self._wanted]
 

@@ -264,6 +264,7 @@ def describe(groups: Sequence[RolloutGroup], step: int) -> Metrics:
     n, lengths = len(rollouts), [len(rollout.ids) for rollout in rollouts]
     right = sum(r.letter == g.prompt.answer_letter for g in groups for r in g.rollouts)
     staleness = [step - group.weights_version for group in groups]
+    ages = _token_ages(groups, step)
     return {
         "reward/mean": sum(rollout.reward for rollout in rollouts) / n,
         "reward/accuracy": right / n,
@@ -275,4 +276,16 @@ def describe(groups: Sequence[RolloutGroup], step: int) -> Metrics:
         "rollout/staleness_mean": sum(staleness) / len(staleness),
         "rollout/staleness_max": max(staleness),
         "time/sample_s": sum(group.sample_s for group in groups),
-    }
+    } | {f"rollout/staleness_{age}": ages[age] / ages.total() for age in sorted(ages)}
+
+
+def _token_ages(groups: Sequence[RolloutGroup], step: int) -> Counter[int]:
+    """Return how many tokens were sampled how many versions before the step's own."""
+    ages: Counter[int] = Counter()
+    for group in groups:
+        for rollout in group.rollouts:
+            if rollout.versions:
+                ages.update(step - version for version in rollout.versions)
+            else:
+                ages[step - group.weights_version] += len(rollout.ids)
+    return ages
