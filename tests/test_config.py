@@ -111,6 +111,11 @@ def test_what_cannot_stand_is_refused_in_one_sentence(override: str, words: str)
     assert "\n" not in str(refused.value)
 
 
+def test_only_the_torch_engine_takes_weights_inside_a_generation() -> None:
+    with pytest.raises(ConfigError, match=r"Try rl.engine=torch"):
+        load_config(None, ["rl.inflight_updates=true", "rl.engine=vllm"])
+
+
 def test_kv_heads_must_divide_heads() -> None:
     with pytest.raises(ConfigError, match=r"Try model.kv_heads=4\."):
         load_config(None, ["model.width=64", "model.heads=4", "model.kv_heads=3"])
