@@ -27,6 +27,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -155,6 +156,39 @@ class SupervisedConfig(OptimConfig):
     save_every: PositiveInt = 200
 
 
+class Workers(Section):
+    """How many rollout workers: written as one count, or as `{min = 1, max = 4}`, within which the
+    run decides for itself (`rl.pool_size`)."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_count(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"min": value, "max": value}
+        if isinstance(value, cls) or (isinstance(value, dict) and {"min", "max"} <= value.keys()):
+            return value
+        raise ConfigError(
+            f"rl.rollout_workers is {value!r}, but it must be a count, or the least and the most. "
+            "Try rl.rollout_workers=2, or rl.rollout_workers.min=1 rl.rollout_workers.max=4."
+        )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ConfigError(
+                f"rl.rollout_workers.min is {self.min}, but max is only {self.max}. "
+                f"Try rl.rollout_workers.max={self.min}."
+            )
+        return self
+
+    @model_serializer
+    def _as_written(self) -> int | dict[str, int]:
+        return self.min if self.min == self.max else {"min": self.min, "max": self.max}
+
+
 class RLConfig(OptimConfig):
     """Settings of the RL stage. Counts are per optimizer step."""
 
@@ -172,7 +206,7 @@ class RLConfig(OptimConfig):
     top_p: float = Field(1.0, gt=0, le=1)
     engine: Literal["torch", "vllm"] = "torch"
     """Who samples: plain torch, or vLLM, which is an extra install and pays on GPUs."""
-    rollout_workers: PositiveInt = 1
+    rollout_workers: Workers = Workers(min=1, max=1)
     max_staleness: int = Field(1, ge=0, le=8)
     """How many versions behind the learner a group may have been sampled; 0 is on-policy."""
     inflight_updates: bool = False
@@ -263,6 +297,16 @@ class EvaluateConfig(Section):
         return self
 
 
+class RolloutKind(Section):
+    """One kind of rollout worker, where a pool has several."""
+
+    count: PositiveInt = 1
+    """Kinds are hired in their order until there are so many of each; then more of the last."""
+    engine: Literal["torch", "vllm"] = "torch"
+    cpus: PositiveFloat = 1.0
+    gpus: NonNegativeFloat = 0.0
+
+
 class ClusterConfig(Section):
     """What Ray is asked for."""
 
@@ -274,6 +318,10 @@ class ClusterConfig(Section):
     learner_gpus: NonNegativeFloat = 0.0
     rollout_cpus: PositiveFloat = 1.0
     rollout_gpus: NonNegativeFloat = 0.0
+    rollout_kinds: tuple[RolloutKind, ...] = ()
+    """Several kinds in one pool, `[{count = 2, engine = "vllm", gpus = 1}, {cpus = 2}]` say, in
+    place of `rl.engine`, `rollout_cpus` and `rollout_gpus`. Their arithmetic differs in the last
+    digits, so such a run is not repeatable bit for bit."""
     max_failures: NonNegativeInt = 3
     """Restarts of the learner group from its last checkpoint."""
     start_timeout_s: PositiveFloat = 180.0
@@ -456,12 +504,13 @@ def _refuse_unknown(tree: dict[str, Any], model: type[BaseModel], prefix: str) -
         if field is None:
             raise ConfigError(f"there is no setting {prefix}{key}.{_nearest(prefix + key)}")
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            if not isinstance(value, dict):
+            if not prefix and not isinstance(value, dict):
                 raise ConfigError(
                     f"{key} is a section, not a value. Set one of its keys, for example "
                     f"{key}.{next(iter(field.annotation.model_fields))}=..."
                 )
-            _refuse_unknown(value, field.annotation, f"{prefix}{key}.")
+            if isinstance(value, dict):
+                _refuse_unknown(value, field.annotation, f"{prefix}{key}.")
 
 
 def _all_keys() -> Iterator[str]:

@@ -170,6 +170,11 @@ class RolloutStream:
         entries = self._open.values()
         return sum(len(e.groups) for e in entries if e.lease.step >= self._asked_step)
 
+    @property
+    def fullness(self) -> float:
+        """`depth` as a share of what `max_staleness` lets lie ready; on-policy, of one step."""
+        return self.depth / (self.config.prompts_per_step * max(1, self.config.max_staleness))
+
     def holders(self) -> dict[str, int]:
         """Return which worker holds how many unfinished leases."""
         busy = [e.worker for e in self._open.values() if e.worker and not e.is_finished]
