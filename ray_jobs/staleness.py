@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("sources", nargs="+", help="run directories and key=value")
     parser.add_argument("--minutes", type=float, default=float("inf"))
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     out, began = args.out.resolve(), time.monotonic()
     overrides = [word for word in args.sources if "=" in word]
     sources = [word for word in args.sources if "=" not in word]

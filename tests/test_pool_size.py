@@ -118,7 +118,7 @@ def test_a_pool_settles_where_the_learner_is_just_fed() -> None:
         wait_share = (seconds - 1) / seconds
         sizes.append(size.observe(wait_share, ready / 3, workers=size.wanted))
     assert sizes[:2] == [1, 1] and set(sizes[20:100]) == {3}
-    assert sizes.count(3) > 0.9 * len(sizes)
+    assert sizes.count(3) > 0.8 * len(sizes), "two are tried again now and then"
     assert changes(sizes) <= 6
 
 
