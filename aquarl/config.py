@@ -157,8 +157,7 @@ class SupervisedConfig(OptimConfig):
 
 
 class Workers(Section):
-    """How many rollout workers: written as one count, or as `{min = 1, max = 4}`, within which the
-    run decides for itself (`rl.pool_size`)."""
+    """How many workers: one count, or the least and the most, as `{min = 1, max = 4}`."""
 
     min: PositiveInt
     max: PositiveInt
@@ -170,18 +169,12 @@ class Workers(Section):
             return {"min": value, "max": value}
         if isinstance(value, cls) or (isinstance(value, dict) and {"min", "max"} <= value.keys()):
             return value
-        raise ConfigError(
-            f"rl.rollout_workers is {value!r}, but it must be a count, or the least and the most. "
-            "Try rl.rollout_workers=2, or rl.rollout_workers.min=1 rl.rollout_workers.max=4."
-        )
+        raise ValueError("write one count, or the least and the most, as {min = 1, max = 4}")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if self.min > self.max:
-            raise ConfigError(
-                f"rl.rollout_workers.min is {self.min}, but max is only {self.max}. "
-                f"Try rl.rollout_workers.max={self.min}."
-            )
+            raise ValueError(f"the least is more than the most; try max = {self.min}")
         return self
 
     @model_serializer
@@ -207,6 +200,7 @@ class RLConfig(OptimConfig):
     engine: Literal["torch", "vllm"] = "torch"
     """Who samples: plain torch, or vLLM, which is an extra install and pays on GPUs."""
     rollout_workers: Workers = Workers(min=1, max=1)
+    """Between the least and the most the run decides for itself (`rl.pool_size`)."""
     max_staleness: int = Field(1, ge=0, le=8)
     """How many versions behind the learner a group may have been sampled; 0 is on-policy."""
     inflight_updates: bool = False
@@ -312,8 +306,9 @@ class ClusterConfig(Section):
 
     address: str | None = None
     """None: a Ray of our own on this machine, unless a job runs inside a cluster already."""
-    learners: PositiveInt = 1
-    """Ray Train workers of the learner."""
+    learners: Workers = Workers(min=1, max=1)
+    """Ray Train workers of the learner. Between the least and the most Ray Train takes what there
+    is and starts the group anew, from its last checkpoint, when that changes."""
     learner_cpus: PositiveFloat = 1.0
     learner_gpus: NonNegativeFloat = 0.0
     rollout_cpus: PositiveFloat = 1.0
@@ -354,7 +349,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _every_learner_has_prompts(self) -> Self:
-        learners, prompts = self.cluster.learners, self.rl.prompts_per_step
+        learners, prompts = self.cluster.learners.max, self.rl.prompts_per_step
         if learners > prompts:
             raise ConfigError(
                 f"cluster.learners is {learners}, but a step has rl.prompts_per_step={prompts} "

@@ -227,6 +227,17 @@ def test_a_pool_takes_what_it_gets(
 
 
 @pytest.mark.slow
+def test_a_learner_group_takes_what_it_gets(
+    after_sft: Path, tiny: str, in_process: tuple[dict[str, torch.Tensor], list[Metrics]]
+) -> None:
+    """Two learners would be welcome; of four CPUs there is room for one."""
+    settings = ("cluster.learners={min = 1, max = 2}", "cluster.learner_cpus=2.5")
+    assert run_rl(tiny, after_sft, *settings) == 0
+    assert json.loads((after_sft / "results/rl.json").read_text())["learners"] == 1
+    assert_same(weights(after_sft), in_process[0])
+
+
+@pytest.mark.slow
 def test_a_run_of_one_learner_goes_on_with_two_as_it_would_have_with_one(
     finished_run: Path,
     tmp_path: Path,

@@ -255,7 +255,7 @@ def check_resources(config: Config, *, with_rollouts: bool, learners: int | None
     if cluster_address(config):
         return  # a cluster may grow: there the deadlines speak
     cluster, workers = config.cluster, config.rl.rollout_workers.min if with_rollouts else 0
-    learners = cluster.learners if learners is None else learners
+    learners = cluster.learners.min if learners is None else learners
     hired = first_kinds(config, workers)
     for kind, learner, rollouts in (
         ("CPU", cluster.learner_cpus, sum(worker.cpus for worker in hired)),
