@@ -315,8 +315,8 @@ class ClusterConfig(Section):
     rollout_gpus: NonNegativeFloat = 0.0
     rollout_kinds: tuple[RolloutKind, ...] = ()
     """Several kinds in one pool, `[{count = 2, engine = "vllm", gpus = 1}, {cpus = 2}]` say, in
-    place of `rl.engine`, `rollout_cpus` and `rollout_gpus`. Their arithmetic differs in the last
-    digits, so such a run is not repeatable bit for bit."""
+    place of `rl.engine`, `rollout_cpus` and `rollout_gpus`, which evaluation keeps to. Engines and
+    devices differ in the last digits, so such a run is not repeatable bit for bit."""
     max_failures: NonNegativeInt = 3
     """Restarts of the learner group from its last checkpoint."""
     start_timeout_s: PositiveFloat = 180.0
