@@ -27,6 +27,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -155,6 +156,32 @@ class SupervisedConfig(OptimConfig):
     save_every: PositiveInt = 200
 
 
+class Workers(Section):
+    """How many workers: one count, or the least and the most, as `{min = 1, max = 4}`."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_count(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"min": value, "max": value}
+        if isinstance(value, cls) or (isinstance(value, dict) and {"min", "max"} <= value.keys()):
+            return value
+        raise ValueError("write one count, or the least and the most, as {min = 1, max = 4}")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"the least is more than the most; try max = {self.min}")
+        return self
+
+    @model_serializer
+    def _as_written(self) -> int | dict[str, int]:
+        return self.min if self.min == self.max else {"min": self.min, "max": self.max}
+
+
 class RLConfig(OptimConfig):
     """Settings of the RL stage. Counts are per optimizer step."""
 
@@ -172,16 +199,24 @@ class RLConfig(OptimConfig):
     top_p: float = Field(1.0, gt=0, le=1)
     engine: Literal["torch", "vllm"] = "torch"
     """Who samples: plain torch, or vLLM, which is an extra install and pays on GPUs."""
-    rollout_workers: PositiveInt = 1
-    max_staleness: NonNegativeInt = 1
+    rollout_workers: Workers = Workers(min=1, max=1)
+    """Between the least and the most the run decides for itself (`rl.pool_size`)."""
+    max_staleness: int = Field(1, ge=0, le=8)
     """How many versions behind the learner a group may have been sampled; 0 is on-policy."""
+    inflight_updates: bool = False
+    """Take newer weights between two tokens of an answer, not only between leases. Fresher tokens,
+    and with `max_staleness` above 0 a run is then not repeatable. Torch engine only."""
     loss: Literal["reinforce", "ppo", "gspo", "cispo"] = "reinforce"
     advantage: Literal["mean", "std", "rloo", "global"] = "mean"
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: PositiveFloat = 0.28
     """The ratio may move within [1 - clip_low, 1 + clip_high] (arXiv:2503.14476)."""
+    correct_staleness: bool = True
+    """Weigh each token by policy / sampler under REINFORCE; the other losses have ratios anyway."""
     ratio_cap: PositiveFloat = 5.0
-    """Truncation of the importance ratio under REINFORCE and CISPO when groups are stale."""
+    """Where that weight is truncated (arXiv:1802.01561)."""
+    mask_ratio: float = Field(math.inf, gt=1)
+    """Answers whose mean ratio is above this, or below one over it, are left out of the loss."""
     kl_weight: NonNegativeFloat = 0.0
     """Weight of the k3 estimate of KL(policy || SFT policy) in the loss."""
     format_bonus: NonNegativeFloat = 0.0
@@ -214,6 +249,11 @@ class RLConfig(OptimConfig):
                 f"rl.prompts_per_step is {self.prompts_per_step} and rl.prompts_per_lease is "
                 f"{self.prompts_per_lease}, but a step is made of whole leases. "
                 f"Try rl.prompts_per_lease={self.prompts_per_step}."
+            )
+        if self.inflight_updates and self.engine != "torch":
+            raise ConfigError(
+                f"rl.inflight_updates is on, but rl.engine={self.engine} takes new weights between "
+                "leases only. Try rl.engine=torch, or leave rl.inflight_updates out."
             )
         if self.top_k or self.top_p != 1.0:
             raise ConfigError(
@@ -251,17 +291,32 @@ class EvaluateConfig(Section):
         return self
 
 
+class RolloutKind(Section):
+    """One kind of rollout worker, where a pool has several."""
+
+    count: PositiveInt = 1
+    """Kinds are hired in their order until there are so many of each; then more of the last."""
+    engine: Literal["torch", "vllm"] = "torch"
+    cpus: PositiveFloat = 1.0
+    gpus: NonNegativeFloat = 0.0
+
+
 class ClusterConfig(Section):
     """What Ray is asked for."""
 
     address: str | None = None
     """None: a Ray of our own on this machine, unless a job runs inside a cluster already."""
-    learners: PositiveInt = 1
-    """Ray Train workers of the learner."""
+    learners: Workers = Workers(min=1, max=1)
+    """Ray Train workers of the learner. Between the least and the most Ray Train takes what there
+    is and starts the group anew, from its last checkpoint, when that changes."""
     learner_cpus: PositiveFloat = 1.0
     learner_gpus: NonNegativeFloat = 0.0
     rollout_cpus: PositiveFloat = 1.0
     rollout_gpus: NonNegativeFloat = 0.0
+    rollout_kinds: tuple[RolloutKind, ...] = ()
+    """Several kinds in one pool, `[{count = 2, engine = "vllm", gpus = 1}, {cpus = 2}]` say, in
+    place of `rl.engine`, `rollout_cpus` and `rollout_gpus`, which evaluation keeps to. Engines and
+    devices differ in the last digits, so such a run is not repeatable bit for bit."""
     max_failures: NonNegativeInt = 3
     """Restarts of the learner group from its last checkpoint."""
     start_timeout_s: PositiveFloat = 180.0
@@ -294,7 +349,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _every_learner_has_prompts(self) -> Self:
-        learners, prompts = self.cluster.learners, self.rl.prompts_per_step
+        learners, prompts = self.cluster.learners.max, self.rl.prompts_per_step
         if learners > prompts:
             raise ConfigError(
                 f"cluster.learners is {learners}, but a step has rl.prompts_per_step={prompts} "
@@ -444,12 +499,13 @@ def _refuse_unknown(tree: dict[str, Any], model: type[BaseModel], prefix: str) -
         if field is None:
             raise ConfigError(f"there is no setting {prefix}{key}.{_nearest(prefix + key)}")
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            if not isinstance(value, dict):
+            if not prefix and not isinstance(value, dict):
                 raise ConfigError(
                     f"{key} is a section, not a value. Set one of its keys, for example "
                     f"{key}.{next(iter(field.annotation.model_fields))}=..."
                 )
-            _refuse_unknown(value, field.annotation, f"{prefix}{key}.")
+            if isinstance(value, dict):
+                _refuse_unknown(value, field.annotation, f"{prefix}{key}.")
 
 
 def _all_keys() -> Iterator[str]:

@@ -116,6 +116,8 @@ class Rollout:
     """Nats, one for each id, of the very distribution that was sampled."""
     stopped: bool
     """False: cut by length."""
+    versions: tuple[int, ...] = ()
+    """Weights version of each token, where they changed on the way; else empty: the group's."""
     text: str = ""
     letter: str | None = None
     """What the answer committed to, by `tasks.grading.committed_letter`."""
@@ -135,6 +137,7 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
     advantages: tuple[float, ...]
     weights_version: int
+    """Of the oldest token: what the staleness bound is about."""
     worker: str = ""
     sample_s: float = 0.0
     """Wall seconds of the lease, shared evenly among its groups."""

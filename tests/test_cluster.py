@@ -183,6 +183,69 @@ def test_with_staleness_groups_are_at_most_that_old(after_sft: Path, tiny: str) 
 
 
 @pytest.mark.slow
+def test_weights_change_inside_a_generation_and_the_bound_holds_for_the_oldest_token(
+    after_sft: Path, tiny: str
+) -> None:
+    settings = ("rl.max_staleness=2", "rl.inflight_updates=true", "rl.max_new_tokens=100")
+    assert run_rl(tiny, after_sft, *settings, "rl.rollout_workers=2") == 0
+    oldest: dict[int, set[int]] = {step: set() for step in range(6)}
+    for row in rows(after_sft / "ledger.jsonl"):
+        oldest[row["step"]].add(row["step"] - row["weights_version"])
+    assert max(max(ages) for ages in oldest.values()) <= 2
+    fresher = []
+    for row in rows(after_sft / "metrics.jsonl"):
+        if "policy/entropy" in row:
+            shares = {age: row.get(f"rollout/staleness_{age}", 0.0) for age in range(3)}
+            assert sum(shares.values()) == pytest.approx(1)
+            fresher += [age for age in shares if shares[age] and age < min(oldest[row["step"]])]
+    assert fresher, "some tokens are of newer weights than the first of their answer"
+
+
+@pytest.mark.slow
+def test_a_pool_takes_what_it_gets_and_so_does_a_learner_group(
+    after_sft: Path, tiny: str, in_process: tuple[dict[str, torch.Tensor], list[Metrics]]
+) -> None:
+    """Of four CPUs there is room for one learner of 2.5, though two would be welcome. It waits for
+    groups, so a second rollout worker is wanted, and there is no room for one of its kind."""
+    pool = ("rl.rollout_workers={min = 1, max = 9}", "cluster.rollout_kinds=[{cpus=0.5}, {cpus=9}]")
+    group = ("cluster.learners={min = 1, max = 2}", "cluster.learner_cpus=2.5")
+    assert run_rl(tiny, after_sft, *pool, *group) == 0
+    assert_same(weights(after_sft), in_process[0])
+    assert json.loads((after_sft / "results/rl.json").read_text())["learners"] == 1
+    pools = [row for row in rows(after_sft / "metrics.jsonl") if "pool/wanted" in row]
+    assert [row["step"] for row in pools] == list(range(6))
+    assert {row["pool/wanted"] for row in pools} == {1, 2}, "no more than leases in a step"
+    assert {row["pool/workers"] for row in pools} == {1}
+    assert all(0 < row["pool/wait_share"] < 1 for row in pools[1:])
+
+
+@pytest.mark.slow
+def test_a_run_of_one_learner_goes_on_with_two_as_it_would_have_with_one(
+    finished_run: Path,
+    tmp_path: Path,
+    tiny: str,
+    in_process: tuple[dict[str, torch.Tensor], list[Metrics]],
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "results/rl.json").unlink()
+    shutil.rmtree(run / "checkpoints/rl/step_000006")
+    (run / "metrics.jsonl").unlink()
+    assert run_rl(tiny, run, "cluster.learners=2") == 0
+    for name, value in weights(run).items():
+        torch.testing.assert_close(value, in_process[0][name], rtol=1e-2, atol=1e-3)
+    alone = [metrics for metrics in in_process[1] if "loss/policy" in metrics]
+    together = [row for row in rows(run / "metrics.jsonl") if "loss/policy" in row]
+    assert [row["step"] for row in together] == [4, 5]
+    for row in together:
+        for name in ("loss/policy", "policy/entropy", "policy/ratio_mean", "learner/grad_norm"):
+            assert row[name] == pytest.approx(alone[row["step"]][name], rel=1e-2, abs=1e-4), name
+        assert row["reward/mean"] == alone[row["step"]]["reward/mean"]
+    trained = rows(run / "ledger.jsonl")
+    assert len(trained) == 48 and len({row["problem"] for row in trained}) == 48
+
+
+@pytest.mark.slow
 def test_two_learners_equal_one_up_to_rounding(
     finished_run: Path,
     after_sft: Path,

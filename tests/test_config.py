@@ -86,6 +86,8 @@ def test_every_preset_is_a_valid_configuration() -> None:
         ("rl.temperature=nan", "rl.temperature is nan"),
         ("rl.loss=dpo", "'reinforce', 'ppo', 'gspo' or 'cispo'"),
         ("rl.max_staleness=-1", "rl.max_staleness is -1"),
+        ("rl.max_staleness=9", "rl.max_staleness is 9, but: input should be less than or equal"),
+        ("rl.mask_ratio=1", "rl.mask_ratio is 1, but: input should be greater than 1"),
         ("rl.rollouts_per_prompt=1", "Try rl.rollouts_per_prompt=8."),
         ("rl.prompts_per_lease=5", "Try rl.prompts_per_lease=16."),
         ("rl.top_k=5", "the learner scores the whole one"),
@@ -107,6 +109,59 @@ def test_what_cannot_stand_is_refused_in_one_sentence(override: str, words: str)
         load_config(None, [*tree, override])
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["rl.rollout_workers=3"], (3, 3)),
+        (["rl.rollout_workers={min = 1, max = 4}"], (1, 4)),
+        (["rl.rollout_workers.min=2", "rl.rollout_workers.max=2"], (2, 2)),
+    ],
+)
+def test_rollout_workers_are_a_count_or_the_least_and_the_most(
+    tmp_path: Path, overrides: list[str], expected: tuple[int, int]
+) -> None:
+    config = load_config(None, overrides)
+    assert (config.rl.rollout_workers.min, config.rl.rollout_workers.max) == expected
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    assert load_config(str(file)) == config
+    assert build_config(config.model_dump(mode="json")) == config
+    if expected == (3, 3):
+        assert "rollout_workers = 3\n" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rl.rollout_workers=many", "write one count, or the least and the most"),
+        ("rl.rollout_workers.min=2", "write one count, or the least and the most"),
+        ("rl.rollout_workers=0", "should be greater than 0"),
+        ("rl.rollout_workers={min = 3, max = 2}", "try max = 3"),
+        ("rl.rollout_workers={min = 3, most = 4}", "there is no setting rl.rollout_workers.most"),
+        ("cluster.rollout_kinds=[{engine = 'jax'}]", "'torch' or 'vllm'"),
+        ("cluster.rollout_kinds=[{gpu = 1}]", "cluster.rollout_kinds.0.gpu"),
+    ],
+)
+def test_a_pool_that_cannot_be_is_refused(override: str, words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, [override])
+    assert words in str(refused.value)
+
+
+def test_kinds_of_rollout_workers_are_read_back(tmp_path: Path) -> None:
+    kinds = "cluster.rollout_kinds=[{count = 2, engine = 'vllm', gpus = 1}, {cpus = 0.5}]"
+    config = load_config(None, [kinds])
+    assert [kind.count for kind in config.cluster.rollout_kinds] == [2, 1]
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    assert load_config(str(file)) == config
+
+
+def test_only_the_torch_engine_takes_weights_inside_a_generation() -> None:
+    with pytest.raises(ConfigError, match=r"Try rl.engine=torch"):
+        load_config(None, ["rl.inflight_updates=true", "rl.engine=vllm"])
 
 
 def test_kv_heads_must_divide_heads() -> None:

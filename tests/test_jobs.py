@@ -48,6 +48,14 @@ class Head:
             cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=200,
         )  # fmt: skip
 
+    def submit(self, *command: str) -> None:
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
+        done = subprocess.run(
+            [*ray, f"--address={self.dashboard}", f"--working-dir={ROOT}", "--", *command],
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def ask(self, *argv: str) -> subprocess.CompletedProcess[str]:
         done = self.aquarl(*argv, f"cluster.address={self.gcs}")
         assert done.returncode == 0, done.stderr
@@ -162,27 +170,29 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
     eventually((after_sft / "checkpoints/rl/step_000002/meta.json").exists, 60)
     os.kill(worker, signal.SIGSTOP)  # the run waits for its lease and is not over too soon
     try:
-        seen = json.loads(head.ask("status", *here).stdout)
+        seen = status(head, here)
         assert seen["workers"] == ["rollout-0"] and 2 <= seen["weights_version"] < 6
         assert seen["leases"] == {"rollout-0": 1}
 
-        head.ask("scale", "2", *here)
-        eventually(lambda: len(rollout_workers(head)) == 2, 30)
-        assert json.loads(head.ask("status", *here).stdout)["workers"] == ["rollout-0", "rollout-1"]
-        head.ask("scale", "1", *here)
-        eventually(lambda: len(rollout_workers(head)) == 1, 30)
-        assert json.loads(head.ask("status", *here).stdout)["workers"] == ["rollout-0"]
+        head.ask("scale", "4", *here)
+        four = [f"rollout-{i}" for i in range(4)]
+        eventually(lambda: status(head, here)["workers"] == four, 60)
+        said = shown(head)
+        assert sorted(said["RolloutWorker"]) == [f"RolloutWorker({name})" for name in four]
+        assert said["StreamActor"] == [f"RolloutStream({after_sft})"]
+        assert said["MetricsRelay"] == ["MetricsRelay"]
+        assert len(rollout_workers(head)) == 4
 
-        named = json.loads(dashboard(head, "/api/v0/actors?detail=true"))
-        shown = [a for a in named["data"]["result"]["result"] if a["state"] == "ALIVE"]
-        said = {a["class_name"]: a["repr_name"] for a in shown}
-        assert said["StreamActor"] == f"RolloutStream({after_sft})"
-        assert said["RolloutWorker"] == "RolloutWorker(rollout-0)"
-        assert said["MetricsRelay"] == "MetricsRelay"
+        head.submit("python", "ray_jobs/scale.py", "1", *here)
+        eventually(lambda: len(rollout_workers(head)) == 1, 30)
+        seen = status(head, here)
+        assert (seen["workers"], seen["waiting"], seen["wanted"]) == (["rollout-0"], [], 1)
+        eventually(lambda: shown(head)["RolloutWorker"] == ["RolloutWorker(rollout-0)"], 30)
 
         scraped = eventually(lambda: metrics_of(head, "ray_aquarl_groups_total"), 30)
         assert f'run="{after_sft}"' in scraped
         assert metrics_of(head, "ray_aquarl_rollout_workers")
+        assert metrics_of(head, "ray_aquarl_rollout_workers_wanted")
 
         jobs = json.loads(dashboard(head, "/api/jobs/"))
         job = next(j for j in jobs if j["submission_id"] and j["status"] == "RUNNING")
@@ -202,6 +212,12 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
     assert (after_sft / last).read_bytes() == (finished_run / last).read_bytes()
     trained = rows(after_sft / "ledger.jsonl")
     assert len(trained) == 48 and len({row["problem"] for row in trained}) == 48
+    before = {row["step"]: row["reward/mean"] for row in steps_of(finished_run)}
+    assert {row["step"]: row["reward/mean"] for row in steps_of(after_sft)} == before
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(run / "metrics.jsonl") if "reward/mean" in row]
 
 
 def test_a_pipeline_goes_through_as_a_job(
@@ -221,6 +237,21 @@ def dashboard(head: Head, path: str, method: str = "GET") -> str:
     request.add_header("Authorization", f"Bearer {head.environment['RAY_AUTH_TOKEN']}")
     with urllib.request.urlopen(request, timeout=20) as answer:
         return str(answer.read().decode())
+
+
+def status(head: Head, here: list[str]) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(head.ask("status", *here).stdout)
+    return answer
+
+
+def shown(head: Head) -> dict[str, list[str]]:
+    """Return what the dashboard calls the actors that are alive, by their class."""
+    listed = json.loads(dashboard(head, "/api/v0/actors?detail=true"))["data"]["result"]["result"]
+    names: dict[str, list[str]] = {}
+    for actor in listed:
+        if actor["state"] == "ALIVE":
+            names.setdefault(actor["class_name"], []).append(actor["repr_name"])
+    return names
 
 
 def metrics_of(head: Head, name: str) -> str:

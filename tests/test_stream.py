@@ -434,7 +434,18 @@ def test_a_step_is_described_by_hand() -> None:
         "rollout/cut_fraction": 0.75,
         "rollout/staleness_mean": 0.5,
         "rollout/staleness_max": 1,
+        "rollout/staleness_0": 0.6,
+        "rollout/staleness_1": 0.4,
         "time/sample_s": 1.5,
         "time/sample_per_worker_s": 0.75,
         "time/fetch_s": 0.25,
     }
+
+
+def test_where_weights_changed_on_the_way_each_token_counts_by_its_own() -> None:
+    """Seven tokens: of the first answer by version 3, 4, 4, of the second all by the group's 3."""
+    group = make_group([], [[1, 2, 3], [1, 2, 3, 4]], version=3)
+    first = replace(group.rollouts[0], versions=(3, 4, 4))
+    seen = describe([replace(group, rollouts=(first, group.rollouts[1]))], step=5)
+    assert (seen["rollout/staleness_1"], seen["rollout/staleness_2"]) == (2 / 7, 5 / 7)
+    assert seen["rollout/staleness_max"] == 2, "the bound is about the oldest token"

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from aquarl.engines.torch_engine import TorchSampler, draw
 from aquarl.errors import ConfigError
+from aquarl.model.attention import Continuation, Prefix
 from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT
-from aquarl.records import Prompt, Rollout, Sampling
+from aquarl.records import Prompt, Rollout, Sampling, Weights
 from tests.fakes import random_ids, random_model
 
 VOCAB, STOP = 24, 3
@@ -192,6 +193,52 @@ def test_new_weights_are_taken_with_their_version_and_damaged_ones_are_not() -> 
         sampler.load_weights(replace(weights, version=5, checksum=weights.checksum ^ 1))
     assert sampler.version == 4
     assert sampler.sample(prompts(), seeds(), Sampling(NEW)) == expected
+
+
+@torch.inference_mode()
+def mixed(prompt: Prompt, seed: int, models: list[GPT], T: int) -> Rollout:
+    """Sample one answer, token t by `models[t]` over the keys and values of those before."""
+    prefix = Prefix(torch.tensor([len(prompt.ids)]))
+    hidden_1D = models[0](torch.tensor([prompt.ids]), prefix)[:, -1]
+    logits_1V, answer = models[0].logits(hidden_1D), Continuation(prefix, 1, room=T)
+    uniforms_T = torch.rand(T, generator=torch.manual_seed(seed))
+    ids, logprobs = [], []
+    for t in range(T):
+        id_1, logprob_1 = draw(logits_1V, uniforms_T[t : t + 1], Sampling(T))
+        ids.append(int(id_1))
+        logprobs.append(float(logprob_1))
+        if t == T - 1 or ids[-1] == STOP:
+            break
+        hidden_11D = models[t + 1](id_1[:, None], answer, answer.positions_BT(1))
+        answer.advance(1)
+        logits_1V = models[t + 1].logits(hidden_11D[:, 0])
+    return Rollout(tuple(ids), tuple(logprobs), stopped=ids[-1] == STOP)
+
+
+def test_weights_may_change_inside_a_generation_and_each_token_says_whose_it_is() -> None:
+    """Tokens 0-4 by version 7, from token 5 on by version 8, over the keys of both."""
+    old, new = policy(seed=0), policy(seed=1)
+    sampler = TorchSampler(GPT(old.shape), STOP)
+    sampler.load_weights(flatten(old, version=7))
+    asked = 0
+
+    def newer_weights() -> Weights | None:
+        nonlocal asked
+        asked += 1
+        return flatten(new, version=8) if asked == 5 else None
+
+    sampler.newer_weights = newer_weights
+    rows = sampler.sample(prompts(), seeds(), Sampling(NEW))
+    assert sampler.version == 8
+    lengths = set()
+    for prompt, row, seed_row in zip(prompts(), rows, seeds(), strict=True):
+        expected = [mixed(prompt, seed, [old] * 5 + [new] * NEW, NEW) for seed in seed_row]
+        assert_same(row, expected)
+        for rollout in row:
+            n = len(rollout.ids)
+            lengths.add(n)
+            assert rollout.versions == ((7,) * 5 + (8,) * (n - 5) if n > 5 else ())
+    assert min(lengths) <= 5 < max(lengths), "some answers were finished before the change"
 
 
 def test_what_does_not_fit_into_the_positions_is_refused() -> None:

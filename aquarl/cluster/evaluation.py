@@ -147,7 +147,7 @@ def _measured(
     config: Config, models: dict[str, GPT], tokenizer: Tokenizer, problems: Sequence[Problem]
 ) -> dict[str, dict[str, Any]]:
     """Return the measures of each policy; those of one shape share their workers."""
-    workers = min(config.rl.rollout_workers, len(problems))
+    workers = min(config.rl.rollout_workers.min, len(problems))
     pool: PooledSampler | None = None
     measured: dict[str, dict[str, Any]] = {}
     try:

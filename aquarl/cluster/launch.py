@@ -22,6 +22,7 @@ from ray.exceptions import AuthenticationError
 from rich.console import Console
 
 from aquarl.cluster.errors import first_line, plain_errors
+from aquarl.cluster.kinds import first_kinds
 from aquarl.cluster.results import (
     finished_at,
     put_json,
@@ -278,13 +279,14 @@ def check_resources(config: Config, *, with_rollouts: bool, learners: int | None
     """
     if cluster_address(config):
         return  # a cluster may grow: there the deadlines speak
-    cluster, workers = config.cluster, config.rl.rollout_workers if with_rollouts else 0
-    learners = cluster.learners if learners is None else learners
-    for kind, learner, rollout in (
-        ("CPU", cluster.learner_cpus, cluster.rollout_cpus),
-        ("GPU", cluster.learner_gpus, cluster.rollout_gpus),
+    cluster, workers = config.cluster, config.rl.rollout_workers.min if with_rollouts else 0
+    learners = cluster.learners.min if learners is None else learners
+    hired = first_kinds(config, workers)
+    for kind, learner, rollouts in (
+        ("CPU", cluster.learner_cpus, sum(worker.cpus for worker in hired)),
+        ("GPU", cluster.learner_gpus, sum(worker.gpus for worker in hired)),
     ):
-        needed = learners * learner + workers * rollout
+        needed = learners * learner + rollouts
         there = ray.cluster_resources().get(kind, 0)
         if needed > there:
             advice = (
@@ -296,6 +298,6 @@ def check_resources(config: Config, *, with_rollouts: bool, learners: int | None
             )
             raise ClusterError(
                 f"{learners} learners with {learner:g} {kind}s each and {workers} rollout "
-                f"workers with {rollout:g} each need {needed:g} {kind}s, but this machine has "
+                f"workers with {rollouts:g} in all need {needed:g} {kind}s, but this machine has "
                 f"{there:g}. {advice}"
             )

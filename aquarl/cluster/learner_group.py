@@ -43,6 +43,14 @@ class Member:
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
+    def total(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Return each number's sum over the group. All ranks have the same names."""
+        if self.world == 1:
+            return numbers
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(values)
+        return dict(zip(numbers, values.tolist(), strict=True))
+
     def once_a_machine(self, work: Callable[[], None]) -> None:
         """Do this on one worker of each machine while the others wait for it."""
         if self.local_rank == 0:
@@ -70,7 +78,7 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     Raises:
         AquarlError: What the work itself raised, or that the group could not be kept up.
     """
-    cluster = config.cluster
+    cluster, learners = config.cluster, config.cluster.learners
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -82,7 +90,9 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
         train_loop_config={"config": config.model_dump(mode="json")},
         torch_config=TorchConfig(backend="nccl" if cluster.learner_gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.learners,
+            num_workers=learners.min
+            if learners.min == learners.max
+            else (learners.min, learners.max),
             use_gpu=cluster.learner_gpus > 0,
             resources_per_worker=resources,
         ),
@@ -99,7 +109,7 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
         returned = trainer.fit().return_value
     except ControllerError as error:
         raise ClusterError(
-            f"The learner group could not start: {cluster.learners} workers, each with "
+            f"The learner group could not start: {learners.min} workers, each with "
             f"{cluster.learner_cpus:g} CPUs and {cluster.learner_gpus:g} GPUs, did not all find "
             f"their place within {cluster.start_timeout_s:g} s, tried {cluster.max_failures + 1} "
             "times. Lower cluster.learners, cluster.learner_cpus or cluster.learner_gpus, add "

@@ -27,7 +27,9 @@ class StreamMetrics:
             return metric
 
         self._depth = gauge("stream_depth_groups", "Groups that are in and not yet trained.")
-        self._workers = gauge("rollout_workers", "Rollout workers that are alive.")
+        self._workers = gauge("rollout_workers", "Rollout workers that are up.")
+        self._wanted = gauge("rollout_workers_wanted", "Rollout workers that there are to be.")
+        self._wait_share = gauge("wait_share", "Of its last step, how much the learner waited.")
         self._version = gauge("weights_version", "Newest published weights.")
         self._staleness = gauge("staleness", "Versions behind, of the newest group.")
         self._groups = counter("groups_total", "Groups accepted.")
@@ -43,7 +45,11 @@ class StreamMetrics:
             self._reward.inc(reward)  # Ray refuses to add 0
         self._staleness.set(newest_version - group.weights_version)
 
-    def state(self, *, depth: int, workers: int, version: int) -> None:
+    def state(
+        self, *, depth: int, workers: int, wanted: int, wait_share: float, version: int
+    ) -> None:
         self._depth.set(depth)
         self._workers.set(workers)
+        self._wanted.set(wanted)
+        self._wait_share.set(wait_share)
         self._version.set(version)

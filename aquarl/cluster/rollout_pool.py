@@ -16,9 +16,10 @@ from ray.actor import ActorHandle
 
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
+from aquarl.engines.torch_engine import TorchSampler
 from aquarl.model.gpt import GPT, Shape
 from aquarl.model.modes import keep_memory
-from aquarl.records import RolloutGroup, Sampler
+from aquarl.records import Lease, RolloutGroup, Sampler, Weights
 from aquarl.rl.rewards import scored_groups
 
 
@@ -57,14 +58,17 @@ class RolloutWorker:
                 fetch_s = time.perf_counter() - fetched_from
             if (lease := offer.lease) is None:
                 continue
+            if self._config.rl.inflight_updates:
+                self._let_weights_change(lease)
             sampled_from, started = time.time(), time.perf_counter()
+            version = self._sampler.version
             rollouts = self._sampler.sample(lease.prompts, lease.seeds, lease.sampling)
             groups = scored_groups(
                 lease,
                 rollouts,
                 self._tokenizer,
                 self._config.rl,
-                weights_version=self._sampler.version,
+                weights_version=version,
                 worker=self._name,
                 sample_s=time.perf_counter() - started,
                 fetch_s=fetch_s,
@@ -72,6 +76,28 @@ class RolloutWorker:
             )
             for group in groups:  # noqa: UP028 (Ray drives it by send(), which a list has not)
                 yield group
+
+    def _let_weights_change(self, lease: Lease) -> None:
+        """Have the sampler look for newer weights between the tokens of a lease of the training.
+
+        The question stays open at the stream, so that looking costs a fraction of a millisecond.
+        """
+        assert isinstance(self._sampler, TorchSampler), "RLConfig allows no other"
+        asked = self._stream.newer.remote(self._have)
+
+        def newer_weights() -> Weights | None:
+            nonlocal asked
+            if not ray.wait([asked], timeout=0)[0]:
+                return None
+            offer, weights = ray.get(asked), None
+            if offer.weights is not None:
+                weights, self._have = ray.get(offer.weights), offer.identity
+            asked = self._stream.newer.remote(self._have)
+            return weights
+
+        # An evaluation is of the very weights that were asked about.
+        is_training = lease.purpose == "train"
+        self._sampler.newer_weights = newer_weights if is_training else lambda: None
 
 
 def sampler_maker(config: Config, shape: Shape, tokenizer: Tokenizer) -> Callable[[], Sampler]:
@@ -85,8 +111,6 @@ def sampler_maker(config: Config, shape: Shape, tokenizer: Tokenizer) -> Callabl
 
     def make_torch() -> Sampler:
         import torch
-
-        from aquarl.engines.torch_engine import TorchSampler
 
         torch.set_num_threads(threads)
         keep_memory()

@@ -174,6 +174,7 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         config.rl,
         reference=reference,
         parallel=member.parallel,
+        total=member.total,
         rank=member.rank,
         world=member.world,
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
 from aquarl.cluster.errors import last_line, users_mistake
+from aquarl.cluster.kinds import for_kind, kinds_of, next_kind
 from aquarl.cluster.ray_metrics import StreamMetrics
 from aquarl.cluster.results import tokenizer_folder
 from aquarl.cluster.rollout_pool import hire, sampler_maker
@@ -25,7 +27,8 @@ from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import ClusterError
 from aquarl.model.gpt import Shape
-from aquarl.records import Lease, Prompt, RolloutGroup, Sampling, StepShare, Weights
+from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
+from aquarl.rl.pool_size import PoolSize
 from aquarl.rl.prompts import PromptSource
 from aquarl.rl.stream import RolloutStream
 from aquarl.tasks.catalog import load_problems
@@ -63,7 +66,15 @@ class StreamActor:
         self._weights: Any = None
         self._identity: WeightsIdentity | None = None
         self._workers: dict[str, ActorHandle] = {}
-        self._wanted, self._hired, self._replaced = config.rl.rollout_workers, 0, 0
+        self._kinds: dict[str, int] = {}
+        self._up: set[str] = set()
+        """Workers that have asked for work; the others start, or wait for a place."""
+        self._size: PoolSize | None = PoolSize(config.rl)
+        """Decides on the size of the pool, until a person does."""
+        self._wanted, self._hired, self._replaced = self._size.wanted, 0, 0
+        self._gave_at: float | None = None
+        """When the learner got its last step."""
+        self._wait_share = 0.0
         self._fault: str | None = None
         self._is_over = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -92,7 +103,7 @@ class StreamActor:
         )
         self._begun = RolloutStream(source, config.rl)
         self._spawn(self._watch_the_clock())
-        await self.scale(self._wanted)
+        await self._resize(self._wanted)
 
     @property
     def _stream(self) -> RolloutStream:
@@ -102,20 +113,58 @@ class StreamActor:
     # The pool.
 
     async def scale(self, workers: int) -> None:
-        """Have this many workers from now on. Surplus ones leave after their lease."""
+        """Have this many workers from now on: a person's word, which ends deciding by itself."""
+        self._size = None
+        await self._resize(workers)
+
+    async def _resize(self, workers: int) -> None:
+        """Hire what is missing. Surplus workers leave after their lease, or at once if not up."""
         self._wanted = workers
         while self._begun and len(self._workers) < workers:
             self._hire()
+        for name in self._surplus() - self._up:
+            ray.kill(self._workers[name])
         await self._notify()
 
     def _hire(self) -> None:
         name = f"rollout-{self._hired}"
         self._hired += 1
-        make_sampler = sampler_maker(self._config, self._shape, self._tokenizer)
+        kinds = kinds_of(self._config)
+        place = next_kind(kinds, Counter(self._kinds[held] for held in self._workers))
+        config = for_kind(self._config, kinds[place])
+        make_sampler = sampler_maker(config, self._shape, self._tokenizer)
         me = ray.get_runtime_context().current_actor
-        worker = hire(name, self._config, self._tokenizer, make_sampler, me)
-        self._workers[name] = worker
+        worker = hire(name, config, self._tokenizer, make_sampler, me)
+        self._workers[name], self._kinds[name] = worker, place
         self._spawn(self._consume(name, worker))
+
+    def _surplus(self) -> set[str]:
+        """Return who is to leave: the newest, and first those that are not up."""
+        by_merit = sorted(self._workers, key=lambda name: name not in self._up)
+        return set(by_merit[self._wanted :])
+
+    def _workers_up(self) -> int:
+        return len(self._up & self._workers.keys())
+
+    async def _observe(self, asked_at: float, fullness: float) -> None:
+        """Note how long the learner waited for a step, and let the pool follow from it."""
+        now, gave_at = time.monotonic(), self._gave_at
+        self._gave_at = now
+        if gave_at is None:  # the first one, or an evaluation came between
+            return
+        self._wait_share = (now - asked_at) / max(now - gave_at, 1e-9)
+        if self._size is None:
+            return
+        wanted = self._size.observe(self._wait_share, fullness, self._workers_up())
+        if wanted != self._wanted:
+            await self._resize(wanted)
+
+    def _pool_metrics(self) -> Metrics:
+        return {
+            "pool/wanted": self._wanted,
+            "pool/workers": self._workers_up(),
+            "pool/wait_share": self._wait_share,
+        }
 
     async def _consume(self, name: str, worker: ActorHandle) -> None:
         """Take one worker's groups until it leaves; replace it if it died."""
@@ -168,8 +217,9 @@ class StreamActor:
     async def lease(self, worker: str, have: WeightsIdentity | None) -> Offer:
         """Return work for a worker, with new weights if it needs them."""
         deadline = time.monotonic() + LEASE_WAIT_S
+        self._up.add(worker)
         while time.monotonic() < deadline:
-            if self._is_over or self._is_surplus(worker):
+            if self._is_over or worker not in self._workers or worker in self._surplus():
                 return Offer(is_over=True)
             if (lease := self._stream.lease(worker, time.monotonic())) is not None:
                 is_new = self._identity != have
@@ -177,8 +227,13 @@ class StreamActor:
             await self._wait(deadline)
         return Offer()
 
-    def _is_surplus(self, worker: str) -> bool:
-        return worker not in list(self._workers)[: self._wanted]
+    async def newer(self, have: WeightsIdentity | None) -> Offer:
+        """Return the newest weights once they are others than these; none after some seconds."""
+        deadline = time.monotonic() + LEASE_WAIT_S
+        while self._identity == have and time.monotonic() < deadline:
+            await self._wait(deadline)
+        is_new = self._identity != have
+        return Offer(weights=self._weights if is_new else None, identity=self._identity)
 
     # Towards the learner.
 
@@ -192,16 +247,20 @@ class StreamActor:
     async def rewind(self, step: int, position: int) -> None:
         """Begin at this step, forgetting all leases: what the learner does when it (re)starts."""
         self._stream.rewind(step, position)
+        self._gave_at = None
         self._rewinds += 1  # who still waits for what was before is told so
         self._fault = None
         await self._notify()
 
     async def next_step(self, step: int, rank: int, world: int) -> StepShare:
         """Wait for a rank's groups of a step. Raises: ClusterError, saying why they cannot come."""
+        asked_at, fullness = time.monotonic(), self._stream.fullness
         share: StepShare = await self._until(
             lambda: self._stream.step_share(step, rank, world), f"the groups of step {step}"
         )
-        return share
+        if rank == 0:
+            await self._observe(asked_at, fullness)
+        return replace(share, metrics=share.metrics | self._pool_metrics())
 
     async def step_groups(self, step: int) -> list[RolloutGroup]:
         """Return all groups of a step that is complete and not yet followed by another."""
@@ -216,6 +275,7 @@ class StreamActor:
         groups: list[RolloutGroup] = await self._until(
             lambda: self._stream.answers(name), f"the answers of {name}"
         )
+        self._gave_at = None
         return groups
 
     async def frontier(self, step: int) -> int:
@@ -224,13 +284,15 @@ class StreamActor:
     async def status(self) -> dict[str, Any]:
         """Return what `aquarl status` shows."""
         if self._begun is None:
-            return {"step": None, "workers": [], "wanted": self._wanted}
+            return {"step": None, "workers": [], "waiting": [], "wanted": self._wanted}
         return {
             "step": self._stream.next_step,
             "weights_version": self._stream.version,
             "depth": self._stream.depth,
-            "workers": sorted(self._workers),
+            "workers": sorted(self._up & self._workers.keys()),
+            "waiting": sorted(self._workers.keys() - self._up),
             "wanted": self._wanted,
+            "wait_share": round(self._wait_share, 3),
             "replaced": self._replaced,
             "leases": self._stream.holders(),
             "counts": dict(self._stream.counts),
@@ -265,10 +327,10 @@ class StreamActor:
     def _why_late(self, what: str) -> str:
         seconds = self._config.rl.wait_timeout_s
         if not self._stream.counts["leases"]:
-            cluster = self._config.cluster
+            kind = kinds_of(self._config)[0]
             return (
                 f"No rollout worker has started in {seconds:.0f} s. Each asks Ray for "
-                f"{cluster.rollout_cpus:g} CPUs and {cluster.rollout_gpus:g} GPUs, of which "
+                f"{kind.cpus:g} CPUs and {kind.gpus:g} GPUs, of which "
                 f"{ray.available_resources().get('CPU', 0):g} and "
                 f"{ray.available_resources().get('GPU', 0):g} are free. Lower rl.rollout_workers, "
                 "cluster.rollout_cpus or cluster.rollout_gpus, or add nodes."
@@ -299,7 +361,11 @@ class StreamActor:
             if stream.expire(time.monotonic()):
                 await self._notify()
             self._metrics.state(
-                depth=stream.depth, workers=len(self._workers), version=stream.version
+                depth=stream.depth,
+                workers=self._workers_up(),
+                wanted=self._wanted,
+                wait_share=self._wait_share,
+                version=stream.version,
             )
 
     def _spawn(self, coroutine: Any) -> None:

@@ -5,11 +5,15 @@ its G answers; the answers' cache is allocated once; finished rows are dropped f
 Every row has a generator of its own, so what is drawn does not depend on its neighbours.
 
 Draws by inverting the distribution function: one uniform number a token.
+
+Weights may change inside a generation: `newer_weights` is asked before every token. The keys and
+values that older ones made are kept (arXiv:2509.19128, "in-flight weight updates"); each token is
+drawn from what the mixture gives, and its log-probability and weights version say so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +40,7 @@ class TorchSampler:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         self.model = model.to(device, dtype).eval().requires_grad_(False)
         self.stop_id, self.device, self.version = stop_id, torch.device(device), -1
+        self.newer_weights: Callable[[], Weights | None] = lambda: None
 
     def load_weights(self, weights: Weights) -> None:
         load_flat(self.model, weights)
@@ -56,11 +61,13 @@ class TorchSampler:
 
         for t in range(T):
             ids_B, logprobs_B = draw(logits_BV, uniforms_BT[batch.rows_B, t], sampling)
-            batch.record(t, ids_B, logprobs_B, ids_B == self.stop_id)
+            batch.record(t, ids_B, logprobs_B, ids_B == self.stop_id, self.version)
             if t == T - 1 or batch.is_done:
                 break
             if (kept_B := batch.compact(answers)) is not None:
                 ids_B = ids_B[kept_B]
+            if (weights := self.newer_weights()) is not None:
+                self.load_weights(weights)
             hidden_B1D = self.model(ids_B[:, None], answers, answers.positions_BT(1))
             answers.advance(1)
             logits_BV = self.model.logits(hidden_B1D[:, 0])
@@ -105,8 +112,13 @@ class _Batch:
         self.logprobs_BT = torch.zeros(P * G, T, device=device)
         self.lengths_B = torch.full((P * G,), T, device=device)
         self.is_stopped_B = torch.zeros(P * G, dtype=torch.bool, device=device)
+        self.versions_T: list[int] = []
+        """All rows draw their token t from the same weights."""
 
-    def record(self, t: int, ids_B: Tensor, logprobs_B: Tensor, is_stop_B: Tensor) -> None:
+    def record(
+        self, t: int, ids_B: Tensor, logprobs_B: Tensor, is_stop_B: Tensor, version: int
+    ) -> None:
+        self.versions_T.append(version)
         self.ids_BT[self.rows_B, t] = ids_B
         self.logprobs_BT[self.rows_B, t] = logprobs_B
         is_open_B = self.is_open_PG.view(-1)
@@ -142,10 +154,15 @@ class _Batch:
         lengths, stopped = self.lengths_B.tolist(), self.is_stopped_B.tolist()
         ids, logprobs = self.ids_BT.tolist(), self.logprobs_BT.tolist()
         flat = [
-            Rollout(tuple(i[:n]), tuple(p[:n]), was_stopped)
+            Rollout(tuple(i[:n]), tuple(p[:n]), was_stopped, self._versions(n))
             for i, p, n, was_stopped in zip(ids, logprobs, lengths, stopped, strict=True)
         ]
         return [flat[start : start + self.G] for start in range(0, len(flat), self.G)]
+
+    def _versions(self, n: int) -> tuple[int, ...]:
+        """Return the versions of an answer's n tokens, or nothing where they are all the same."""
+        versions = tuple(self.versions_T[:n])
+        return versions if versions[0] != versions[-1] else ()
 
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

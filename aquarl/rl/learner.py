@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from aquarl.model.optim import Optimizer, clip_gradients, lr_at
 from aquarl.model.packed import Packed
 from aquarl.records import Metrics, RolloutGroup, TrainBatch, Weights
 from aquarl.rl.batch import microbatches
-from aquarl.rl.losses import LOSSES, kl_penalty
+from aquarl.rl.losses import effective_fraction, kl_penalty, policy_loss
 
 
 class Scorer(nn.Module):
@@ -59,6 +59,7 @@ class Learner:
         *,
         reference: GPT | None = None,
         parallel: Any = lambda module: module,
+        total: Callable[[Metrics], Metrics] = dict,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -67,11 +68,12 @@ class Learner:
             model: The policy, on its device.
             reference: Frozen policy for the KL term; needed where `config.kl_weight` > 0.
             parallel: How the scorer is shared among ranks: DDP, or nothing.
+            total: Adds numbers up over all ranks.
         """
         assert reference is not None or not config.kl_weight
         self.model, self.config, self.rank, self.world = model, config, rank, world
         self.device = next(model.parameters()).device
-        self.scorer = parallel(Scorer(model, config.temperature))
+        self.scorer, self._total = parallel(Scorer(model, config.temperature)), total
         self.reference = Scorer(reference, config.temperature) if reference else None
         self.optimizer = Optimizer(model, config)
         self.step = 0
@@ -79,7 +81,7 @@ class Learner:
     def update(
         self, groups: Sequence[RolloutGroup], tokens_in_step: int, rollouts_in_step: int
     ) -> Metrics:
-        """Do one optimizer step on this rank's groups. Returns sums over this rank.
+        """Do one optimizer step on this rank's groups. Returns means over the step's tokens.
 
         Args:
             groups: Those of this rank, at least one.
@@ -97,7 +99,11 @@ class Learner:
         lr = lr_at(self.step, self.config.steps, self.config)
         self.optimizer.step(lr, self.step)
         self.step += 1
-        return dict(sums) | {
+        metrics = self._total(dict(sums))
+        metrics["policy/effective_fraction"] = effective_fraction(
+            metrics["policy/ratio_mean"], metrics.pop("policy/ratio_square")
+        )
+        return metrics | {
             "learner/grad_norm": grad_norm,
             "learner/lr": lr,
             "time/learn_s": time.perf_counter() - started,
@@ -117,7 +123,7 @@ class Learner:
     def _backward(self, batch: TrainBatch, sums: dict[str, float]) -> None:
         with autocast(self.device):
             logprobs_BT, entropy = self.scorer(batch)
-        loss, plots = LOSSES[self.config.loss](logprobs_BT, batch, self.config)
+        loss, plots = policy_loss(logprobs_BT, batch, self.config)
         plots = plots | {"policy/entropy": entropy / batch.tokens_in_step}
         if self.reference and self.config.kl_weight:
             with torch.no_grad():

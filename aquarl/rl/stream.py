@@ -170,6 +170,11 @@ class RolloutStream:
         entries = self._open.values()
         return sum(len(e.groups) for e in entries if e.lease.step >= self._asked_step)
 
+    @property
+    def fullness(self) -> float:
+        """`depth` as a share of what `max_staleness` lets lie ready; on-policy, of one step."""
+        return self.depth / (self.config.prompts_per_step * max(1, self.config.max_staleness))
+
     def holders(self) -> dict[str, int]:
         """Return which worker holds how many unfinished leases."""
         busy = [e.worker for e in self._open.values() if e.worker and not e.is_finished]
@@ -265,6 +270,7 @@ def describe(groups: Sequence[RolloutGroup], step: int) -> Metrics:
     right = sum(r.letter == g.prompt.answer_letter for g in groups for r in g.rollouts)
     sample_s = sum(group.sample_s for group in groups)
     staleness = [step - group.weights_version for group in groups]
+    ages = _token_ages(groups, step)
     return {
         "reward/mean": sum(rollout.reward for rollout in rollouts) / n,
         "reward/accuracy": right / n,
@@ -278,4 +284,16 @@ def describe(groups: Sequence[RolloutGroup], step: int) -> Metrics:
         "time/sample_s": sample_s,
         "time/sample_per_worker_s": sample_s / len({group.worker for group in groups}),
         "time/fetch_s": sum(group.fetch_s for group in groups),
-    }
+    } | {f"rollout/staleness_{age}": ages[age] / ages.total() for age in sorted(ages)}
+
+
+def _token_ages(groups: Sequence[RolloutGroup], step: int) -> Counter[int]:
+    """Return how many tokens were sampled how many versions before the step's own."""
+    ages: Counter[int] = Counter()
+    for group in groups:
+        for rollout in group.rollouts:
+            if rollout.versions:
+                ages.update(step - version for version in rollout.versions)
+            else:
+                ages[step - group.weights_version] += len(rollout.ids)
+    return ages
