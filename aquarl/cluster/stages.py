@@ -41,9 +41,10 @@ from aquarl.model.checkpoint import (
 from aquarl.model.gpt import GPT, Shape
 from aquarl.observe.ledger import Ledger
 from aquarl.observe.transcripts import write_transcripts
-from aquarl.records import Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
+from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
 from aquarl.rl.learner import Learner
 from aquarl.rl.loop import train_policy
+from aquarl.rl.stream import what_is_set_aside
 from aquarl.tasks.base import to_prompt
 from aquarl.tasks.catalog import load_problems
 from aquarl.train import base, mid, sft
@@ -198,8 +199,10 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         last.update(metrics)
         trained_tokens += int(metrics.get("tokens/trained", 0))
         post.log("rl", step, metrics)
-        if member.rank == 0 and "loss/policy" in metrics:
-            ledger.add(step, stream.groups_of_step)
+        if member.rank == 0 and "tokens/trained" in metrics:
+            ledger.add(step, stream.groups_of_step, stream.set_aside_of_step)
+            for lease in stream.set_aside_of_step:
+                post.relay.put.remote("rl", step, what_is_set_aside(lease))
             write_transcripts(
                 config.run.dir,
                 step,
@@ -260,6 +263,7 @@ class RayStream:
         self._timeout_s = config.rl.wait_timeout_s + 60  # the stream itself gives up earlier
         self.groups_of_step: list[RolloutGroup] = []
         """On rank 0: all groups of the step that was asked for last."""
+        self.set_aside_of_step: list[Lease] = []
 
     def _call(self, method: Callable[..., Any], *args: Any) -> Any:
         with plain_errors(dead_is_a_mistake=False):
@@ -277,7 +281,8 @@ class RayStream:
     def next_step(self, step: int, rank: int, world: int) -> StepShare:
         share: StepShare = self._call(self._actor.next_step, step, rank, world)
         if rank == 0:  # now, for no rank can ask for the next step, which forgets this one
-            self.groups_of_step = self._call(self._actor.step_groups, step)
+            seen = self._call(self._actor.step_groups, step)
+            self.groups_of_step, self.set_aside_of_step = seen
         return share
 
     def evaluate(

@@ -1,7 +1,8 @@
 """Trained groups in, `ledger.jsonl` out: the proof that no problem was skipped or trained twice.
 
-One line a group, in the order of training. A learner that goes back to a checkpoint takes back
-the lines after it, so the file always tells of the policy that is.
+One line a group, in the order of training, and one a problem that was set aside because workers
+died over it. A learner that goes back to a checkpoint takes back the lines after it, so the file
+always tells of the policy that is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 import fsspec
 
-from aquarl.records import RolloutGroup
+from aquarl.records import Lease, RolloutGroup
 from aquarl.storage import put
 
 
@@ -27,8 +28,10 @@ class Ledger:
             lines = fs.cat_file(path).decode().splitlines()
             self._lines = [line for line in lines if json.loads(line)["step"] < step]
 
-    def add(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        """Note the groups that were trained in a step."""
+    def add(
+        self, step: int, groups: Sequence[RolloutGroup], set_aside: Sequence[Lease] = ()
+    ) -> None:
+        """Note the groups that were trained in a step, and the leases that it went without."""
         self._lines += [
             json.dumps(
                 {
@@ -42,6 +45,18 @@ class Ledger:
                 }
             )
             for group in groups
+        ] + [
+            json.dumps(
+                {
+                    "step": step,
+                    "lease": lease.id,
+                    "place": place,
+                    "problem": prompt.problem_id,
+                    "set_aside_after_deaths": lease.deaths,
+                }
+            )
+            for lease in set_aside
+            for place, prompt in enumerate(lease.prompts)
         ]
 
     def write(self) -> None:
