@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from aquarl.cluster.waits import stacks_after, wait_for
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.model.gpt import GPT, Shape
@@ -44,17 +45,18 @@ class RolloutWorker:
     def run(self) -> Iterator[RolloutGroup]:
         """Yield one finished group at a time until the stream says stop."""
         while True:
-            offer = ray.get(self._stream.lease.remote(self._name, self._have))
+            offer = self._wait_for(self._stream.lease.remote(self._name, self._have), "a lease")
             if offer.is_over:
                 return
             if offer.weights is not None:
                 # From shared memory, without a copy; checks the sum, then flips.
-                self._sampler.load_weights(ray.get(offer.weights))
+                self._sampler.load_weights(self._wait_for(offer.weights, "new weights"))
                 self._have = offer.identity
             if (lease := offer.lease) is None:
                 continue
             started = time.perf_counter()
-            rollouts = self._sampler.sample(lease.prompts, lease.seeds, lease.sampling)
+            with stacks_after(self._config.rl.lease_timeout_s):
+                rollouts = self._sampler.sample(lease.prompts, lease.seeds, lease.sampling)
             groups = scored_groups(
                 lease,
                 rollouts,
@@ -66,6 +68,15 @@ class RolloutWorker:
             )
             for group in groups:  # noqa: UP028 (Ray drives it by send(), which a list has not)
                 yield group
+
+    def _wait_for(self, ref: Any, what: str) -> Any:
+        return wait_for(
+            ref,
+            self._config.rl.wait_timeout_s,
+            what=f"the stream to answer {self._name} with {what}",
+            advice="Start the same command again to resume.",
+            run_dir=self._config.run.dir,
+        )
 
 
 def sampler_maker(config: Config, shape: Shape, tokenizer: Tokenizer) -> Callable[[], Sampler]:

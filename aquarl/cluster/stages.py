@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError
 
 from aquarl.cluster.errors import plain_errors
 from aquarl.cluster.learner_group import Member
@@ -26,6 +27,7 @@ from aquarl.cluster.results import (
     stands,
     tokenizer_folder,
 )
+from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
 from aquarl.data.batches import RowSource
 from aquarl.data.tokenizer import Tokenizer
@@ -259,15 +261,19 @@ class RayStream:
     """
 
     def __init__(self, config: Config, actor: Any) -> None:
-        self._actor = actor
+        self._actor, self._run_dir = actor, config.run.dir
         self._timeout_s = config.rl.wait_timeout_s + 60  # the stream itself gives up earlier
         self.groups_of_step: list[RolloutGroup] = []
         """On rank 0: all groups of the step that was asked for last."""
         self.set_aside_of_step: list[Lease] = []
 
     def _call(self, method: Callable[..., Any], *args: Any) -> Any:
-        with plain_errors(dead_is_a_mistake=False):
-            return ray.get(method.remote(*args), timeout=self._timeout_s)  # type: ignore[attr-defined]
+        try:
+            with plain_errors(dead_is_a_mistake=False):
+                return ray.get(method.remote(*args), timeout=self._timeout_s)  # type: ignore[attr-defined]
+        except GetTimeoutError:  # Ray Train starts the group again, and gives up in the end
+            leave_stacks(self._run_dir, f"The stream did not answer in {self._timeout_s:.0f} s.")
+            raise
 
     def begin(self, shape: Shape) -> None:
         self._call(self._actor.begin, shape)

@@ -22,6 +22,7 @@ from aquarl.cluster.errors import last_line, users_mistake
 from aquarl.cluster.ray_metrics import StreamMetrics
 from aquarl.cluster.results import tokenizer_folder
 from aquarl.cluster.rollout_pool import hire, sampler_maker
+from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import ClusterError
@@ -272,7 +273,9 @@ class StreamActor:
             if self._fault:
                 raise ClusterError(self._fault)
             if time.monotonic() > deadline:
-                raise ClusterError(self._why_late(what))
+                why = self._why_late(what)
+                where = leave_stacks(self._config.run.dir, why, await self.status())
+                raise ClusterError(f"{why} {where}")
         return result
 
     def _why_late(self, what: str) -> str:
