@@ -154,6 +154,16 @@ def bench(config: Config, args: Arguments) -> None:
         print(json.dumps(line) if args.json else as_text(line))
 
 
+def chaos(config: Config, args: Arguments) -> None:
+    """kill workers, learners and the stream of a run at random; its result must be the same"""
+    from aquarl.cluster.chaos import chaos as kill_parts
+    from aquarl.cluster.chaos import require, show
+
+    outcome = kill_parts(config, minutes=args.minutes, every_s=args.every, seed=args.seed)
+    show(outcome)
+    require(outcome, config.run.dir)
+
+
 def submit(config: Config, args: Arguments) -> None:
     """send a stage to a running cluster as a Ray job and follow it"""
     from aquarl.cluster.control import submit as send
@@ -190,12 +200,22 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 5, say")
+    return value
+
+
 Command = Callable[[Config, Arguments], None]
 COMMANDS: dict[str, Command] = {
     command.__name__.replace("_", "-"): command
     for command in (
-        demo, tokenizer, base, mid, sft, rl, evaluate, report, pipeline, grade, bench, submit,
-        scale, status, chat, export, publish, import_nanochat, doctor,
+        demo, tokenizer, base, mid, sft, rl, evaluate, report, pipeline, grade, bench, chaos,
+        submit, scale, status, chat, export, publish, import_nanochat, doctor,
     )
 }  # fmt: skip
 EXTRA_ARGUMENTS: dict[str, tuple[tuple[str, dict[str, object]], ...]] = {
@@ -215,6 +235,11 @@ EXTRA_ARGUMENTS: dict[str, tuple[tuple[str, dict[str, object]], ...]] = {
         ("--repeats", {"type": _count, "default": 5, "help": "after one that does not count"}),
         ("--seed", {"type": int, "default": 0}),
         ("--json", {"action": "store_true", "help": "print one JSON object a line"}),
+    ),
+    "chaos": (
+        ("--minutes", {"type": _positive, "default": 5.0, "help": "of killing"}),
+        ("--every", {"type": _positive, "default": 5.0, "help": "seconds between two, on average"}),
+        ("--seed", {"type": int, "default": 0, "help": "of what is killed, and when"}),
     ),
     "scale": (("workers", {"type": int, "help": "how many"}),),
     "submit": (("job", {"help": "a stage, evaluate, report or pipeline"}),),
@@ -260,13 +285,15 @@ def _parse(argv: Sequence[str] | None) -> Arguments:
 
 
 def _starting_point(args: Arguments) -> str | None:
-    """Return the file that the overrides change: the one named, the demo's, or the run's own.
+    """Return the file that the overrides change: the one named, the run's own, or the command's.
 
     So `aquarl evaluate run.dir=DIR` means the problems that DIR was trained for.
     """
     if args.config or args.command == "demo":
         return args.config or "demo"
     named = [word.partition("=")[2] for word in args.overrides if word.startswith("run.dir=")]
+    if args.command == "chaos":
+        return (own_settings(named[-1]) if named else None) or "chaos"
     return own_settings(named[-1] if named else RunConfig().dir)
 
 

@@ -234,7 +234,10 @@ class RLConfig(OptimConfig):
     lease_timeout_s: PositiveFloat = 600.0
     """A lease not finished by then is issued again."""
     worker_restarts: NonNegativeInt = 20
-    """Replacements of dead rollout workers before the run ends with an error."""
+    """Replacements of dead rollout workers, with no group finished between them, before the run
+    ends with an error. What one lease does to several workers counts once."""
+    lease_deaths: PositiveInt = 3
+    """Workers that may die over one lease before it is set aside: reported, and not trained."""
 
     @model_validator(mode="after")
     def _has_siblings(self) -> Self:

@@ -105,6 +105,8 @@ class Lease:
     purpose: str = "train"
     """"train", or the name of an evaluation."""
     attempt: int = 0
+    deaths: int = 0
+    """Of workers that held it."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aquarl.records import Metrics
 
 # Before Ray or torch are imported; workers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -127,3 +132,62 @@ def after_sft(finished_run: Path, tmp_path: Path) -> Path:
     (folder / "results/rl.json").unlink()
     (folder / "results/evaluate.json").unlink(missing_ok=True)
     return folder
+
+
+def weights(run: Path, stage: str = "rl") -> dict[str, Tensor]:
+    """Return what a stage ended with."""
+    from aquarl.cluster.results import finished_policy
+    from aquarl.data.tokenizer import Tokenizer
+
+    words = Tokenizer.load(f"{run}/tokenizer")
+    return finished_policy(str(run), stage, words.fingerprint).state_dict()
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].equal(b[name]), name
+
+
+@pytest.fixture(scope="session")
+def in_process(finished_run: Path, tiny: str) -> tuple[dict[str, Tensor], list[Metrics]]:
+    """Weights and numbers of the RL stage without any cluster."""
+    from aquarl.cluster.results import finished_policy
+    from aquarl.config import load_config
+    from aquarl.data.tokenizer import Tokenizer
+    from aquarl.engines.torch_engine import TorchSampler
+    from aquarl.model.gpt import GPT
+    from aquarl.rl.learner import Learner
+    from aquarl.rl.loop import InProcess, train_policy
+    from aquarl.rl.prompts import PromptSource
+    from aquarl.rl.stream import RolloutStream
+    from aquarl.tasks.base import to_prompt
+    from aquarl.tasks.catalog import load_problems
+
+    config = load_config(tiny, [f"run.dir={finished_run}"])
+    words = Tokenizer.load(f"{finished_run}/tokenizer")
+    splits = load_problems(config.data, config.run.seed)
+    model = finished_policy(str(finished_run), "sft", words.fingerprint)
+    stream = InProcess(
+        RolloutStream(PromptSource(splits.train, words, config.run.seed), config.rl),
+        TorchSampler(GPT(model.shape), words.end_of_turn, "cpu"),
+        words,
+        config.rl,
+    )
+    seen: list[Metrics] = []
+    train_policy(
+        config.rl,
+        stream,
+        Learner(model, config.rl),
+        validation=[to_prompt(problem, words) for problem in splits.validation[:8]],
+        log=lambda step, metrics: seen.append(metrics),
+        save=lambda learner, frontier: None,
+    )
+    return model.state_dict(), seen
+
+
+def run_rl(tiny: str, run: Path, *settings: str) -> int:
+    """Run the RL stage. Returns the exit status."""
+    from aquarl.cli import main
+
+    return main(["rl", "--config", tiny, f"run.dir={run}", *settings])

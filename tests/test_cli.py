@@ -232,6 +232,9 @@ def test_a_pool_that_no_cluster_can_start_is_given_up_with_a_reason(
     settings = ("rl.rollout_workers=1", "cluster.rollout_cpus=64", "rl.wait_timeout_s=3")
     said = refused("rl", "--config", tiny, f"run.dir={unfinished}", *settings)
     assert "No rollout worker has started in 3 s" in said and "64 CPUs" in said
+    (left,) = (unfinished / "stacks").iterdir()
+    assert str(left) in said
+    assert "next_step" in left.read_text() and '"wanted": 1' in left.read_text()
 
 
 @pytest.mark.slow

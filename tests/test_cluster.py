@@ -6,129 +6,17 @@ The runs start from one finished SFT stage, without staleness, so every number i
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from aquarl.cli import main
-from aquarl.cluster.results import finished_policy
-from aquarl.config import load_config
-from aquarl.data.tokenizer import Tokenizer
-from aquarl.engines.torch_engine import TorchSampler
-from aquarl.model.gpt import GPT
 from aquarl.records import Metrics
-from aquarl.rl.learner import Learner
-from aquarl.rl.loop import InProcess, train_policy
-from aquarl.rl.prompts import PromptSource
-from aquarl.rl.stream import RolloutStream
-from aquarl.tasks.base import to_prompt
-from aquarl.tasks.catalog import load_problems
-from tests.conftest import eventually, rows
+from tests.conftest import assert_same, rows, run_rl, weights
 
 pytestmark = pytest.mark.usefixtures("ray_here")
-
-
-def weights(run: Path, stage: str = "rl") -> dict[str, torch.Tensor]:
-    words = Tokenizer.load(f"{run}/tokenizer")
-    return finished_policy(str(run), stage, words.fingerprint).state_dict()
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-@pytest.fixture(scope="session")
-def in_process(finished_run: Path, tiny: str) -> tuple[dict[str, torch.Tensor], list[Metrics]]:
-    """Weights and numbers of the RL stage without any cluster."""
-    config = load_config(tiny, [f"run.dir={finished_run}"])
-    words = Tokenizer.load(f"{finished_run}/tokenizer")
-    splits = load_problems(config.data, config.run.seed)
-    model = finished_policy(str(finished_run), "sft", words.fingerprint)
-    stream = InProcess(
-        RolloutStream(PromptSource(splits.train, words, config.run.seed), config.rl),
-        TorchSampler(GPT(model.shape), words.end_of_turn, "cpu"),
-        words,
-        config.rl,
-    )
-    seen: list[Metrics] = []
-    train_policy(
-        config.rl,
-        stream,
-        Learner(model, config.rl),
-        validation=[to_prompt(problem, words) for problem in splits.validation[:8]],
-        log=lambda step, metrics: seen.append(metrics),
-        save=lambda learner, frontier: None,
-    )
-    return model.state_dict(), seen
-
-
-Watcher = Callable[[], None]
-
-
-def run_rl(tiny: str, run: Path, *settings: str, meanwhile: Watcher | None = None) -> int:
-    """Run the RL stage while something happens to it in a thread. Returns the exit status."""
-    failed: list[BaseException] = []
-
-    def watch() -> None:
-        assert meanwhile is not None
-        try:
-            meanwhile()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    if meanwhile:
-        thread.start()
-    status = main(["rl", "--config", tiny, f"run.dir={run}", *settings])
-    if meanwhile:
-        thread.join(timeout=60)
-        assert not thread.is_alive() and not failed, failed
-    return status
-
-
-def actors(class_name: str) -> Iterator[Any]:
-    import ray
-    from ray.util.state import list_actors
-
-    here = ray.get_runtime_context().gcs_address  # this machine may hold other clusters
-
-    for actor in list_actors(here, detail=True, limit=1000):
-        if actor.class_name == class_name and actor.state == "ALIVE":
-            yield actor
-
-
-def pid_of(class_name: str) -> int:
-    """Return the process of the one actor of this class, when it is up."""
-    return int(eventually(lambda: list(actors(class_name)))[0].pid)
-
-
-def kill_at_step_2(run: Path, class_name: str) -> Callable[[], None]:
-    """Return what kills an actor's process right after the checkpoint of step 2.
-
-    The rollout worker is stopped meanwhile, so the run cannot be over before the kill, and goes
-    on when there is another actor of that class.
-    """
-
-    def meanwhile() -> None:
-        worker, victim = pid_of("RolloutWorker"), pid_of(class_name)
-        eventually((run / "checkpoints/rl/step_000002/meta.json").exists)
-        os.kill(worker, signal.SIGSTOP)
-        os.kill(victim, signal.SIGKILL)
-        eventually(lambda: [a for a in actors(class_name) if a.pid != victim])
-        with suppress(ProcessLookupError):  # it ends with the stream that hired it
-            os.kill(worker, signal.SIGCONT)
-
-    return meanwhile
 
 
 def test_one_worker_gives_the_weights_of_one_process(
@@ -144,34 +32,6 @@ def test_two_workers_give_the_same_and_both_work(
 ) -> None:
     assert run_rl(tiny, after_sft, "rl.rollout_workers=2") == 0
     assert_same(weights(after_sft), in_process[0])
-
-
-def test_a_killed_rollout_worker_is_replaced_and_changes_nothing(
-    after_sft: Path, tiny: str, in_process: tuple[dict[str, torch.Tensor], list[Metrics]]
-) -> None:
-    assert run_rl(tiny, after_sft, meanwhile=kill_at_step_2(after_sft, "RolloutWorker")) == 0
-    result = json.loads((after_sft / "results/rl.json").read_text())
-    assert result["stream"]["workers_replaced"] == 1
-    assert_same(weights(after_sft), in_process[0])
-
-
-def test_a_killed_learner_goes_on_from_its_checkpoint_and_changes_nothing(
-    after_sft: Path, tiny: str, in_process: tuple[dict[str, torch.Tensor], list[Metrics]]
-) -> None:
-    assert run_rl(tiny, after_sft, meanwhile=kill_at_step_2(after_sft, "RayTrainWorker")) == 0
-    assert_same(weights(after_sft), in_process[0])
-    trained = rows(after_sft / "ledger.jsonl")
-    assert len(trained) == 48 and len({row["problem"] for row in trained}) == 48
-
-
-@pytest.mark.slow
-def test_a_killed_stream_is_started_again_and_changes_nothing(
-    after_sft: Path, tiny: str, in_process: tuple[dict[str, torch.Tensor], list[Metrics]]
-) -> None:
-    assert run_rl(tiny, after_sft, meanwhile=kill_at_step_2(after_sft, "StreamActor")) == 0
-    assert_same(weights(after_sft), in_process[0])
-    trained = rows(after_sft / "ledger.jsonl")
-    assert len(trained) == 48 and len({row["problem"] for row in trained}) == 48
 
 
 @pytest.mark.slow

@@ -16,9 +16,10 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,13 @@ class Head:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
 
+    def start(self, *argv: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "aquarl.cli", *argv],
+            cwd=ROOT, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
     def ask(self, *argv: str) -> subprocess.CompletedProcess[str]:
         done = self.aquarl(*argv, f"cluster.address={self.gcs}")
         assert done.returncode == 0, done.stderr
@@ -84,6 +92,10 @@ def head() -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
         "RAY_metrics_report_interval_ms": "1000",
+        "RAY_health_check_initial_delay_ms": "2000",  # as in cluster.yaml
+        "RAY_health_check_period_ms": "2000",
+        "RAY_health_check_timeout_ms": "4000",
+        "RAY_health_check_failure_threshold": "4",
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("RAY_ADDRESS", None)
@@ -119,14 +131,38 @@ def can_connect(port: int) -> bool:
     return False
 
 
+def mine(head: Head, text: str) -> list[int]:
+    """Return the ids of this head's processes; the machine may have others like them."""
+    home, found = f"HOME={head.folder}\0".encode(), []
+    for pid in processes(text):
+        with suppress(OSError):
+            if home in Path(f"/proc/{pid}/environ").read_bytes():
+                found.append(pid)
+    return found
+
+
 def rollout_workers(head: Head) -> list[int]:
-    """Return the ids of this head's rollout workers; the machine may have others."""
-    home = f"HOME={head.folder}\0".encode()
-    return [
-        pid
-        for pid in processes("ray::RolloutWorker")
-        if home in Path(f"/proc/{pid}/environ").read_bytes()
-    ]
+    return mine(head, "ray::RolloutWorker")
+
+
+@contextmanager
+def another_node(head: Head, cpus: int) -> Iterator[int]:
+    """Add a node to the head's cluster. Gives the id of its raylet."""
+    before = set(mine(head, "/raylet/raylet"))
+    node = subprocess.Popen(
+        [
+            *("ray", "start", f"--address={head.gcs}", "--block", "--disable-usage-stats"),
+            *(f"--num-cpus={cpus}", "--object-store-memory=100000000"),
+            f"--dashboard-agent-listen-port={free_port()}",
+        ],
+        cwd=head.folder, env=head.environment, start_new_session=True,
+        stdout=(head.folder / "node.log").open("wb"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        yield eventually(lambda: set(mine(head, "/raylet/raylet")) - before, 60).pop()
+    finally:
+        node.terminate()
+        node.wait(20)
 
 
 def test_a_stage_is_submitted_followed_and_done(head: Head, tiny: str, tmp_path: Path) -> None:
@@ -162,10 +198,7 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
 ) -> None:
     here = ["--config", tiny, f"run.dir={after_sft}"]
     submitting = ["submit", "rl", *here, f"cluster.address={head.dashboard}"]
-    following = subprocess.Popen(
-        [sys.executable, "-m", "aquarl.cli", *submitting],
-        cwd=ROOT, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    following = head.start(*submitting)
     worker = eventually(lambda: rollout_workers(head), 60)[0]
     eventually((after_sft / "checkpoints/rl/step_000002/meta.json").exists, 60)
     os.kill(worker, signal.SIGSTOP)  # the run waits for its lease and is not over too soon
@@ -206,6 +239,13 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
     assert latest_checkpoint(f"{after_sft}/checkpoints/rl") is not None
     assert not (after_sft / "results/rl.json").exists()
 
+    following = head.start(*submitting)
+    eventually(lambda: rollout_workers(head), 60)
+    for driver in mine(head, "ray_jobs/rl.py"):
+        os.kill(driver, signal.SIGKILL)
+    following.communicate(timeout=60)
+    assert following.returncode == 2 and not (after_sft / "results/rl.json").exists()
+
     again = head.aquarl(*submitting)
     assert again.returncode == 0, again.stdout + again.stderr
     last = Path("checkpoints/rl/step_000006/weights.safetensors")
@@ -218,6 +258,30 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows(run / "metrics.jsonl") if "reward/mean" in row]
+
+
+def test_a_node_that_dies_costs_the_run_a_worker_and_nothing_else(
+    head: Head, finished_run: Path, after_sft: Path, tiny: str
+) -> None:
+    """The learner fits on the head alone, and beside it one rollout worker; the other elsewhere."""
+    share = ("cluster.learner_cpus=2.5", "cluster.rollout_cpus=1.5", "rl.rollout_workers=2")
+    here = ["--config", tiny, f"run.dir={after_sft}", f"cluster.address={head.dashboard}"]
+    with another_node(head, cpus=2) as raylet:
+        following = head.start("submit", "rl", *here, *share)
+        workers = eventually(lambda: len(found := rollout_workers(head)) == 2 and found, 60)
+        eventually((after_sft / "checkpoints/rl/step_000002/meta.json").exists, 60)
+        for worker in workers:  # neither they nor the run may be done too soon
+            os.kill(worker, signal.SIGSTOP)
+        os.kill(raylet, signal.SIGKILL)
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGCONT)
+        out, err = following.communicate(timeout=120)
+    assert following.returncode == 0, out + err
+    last = Path("checkpoints/rl/step_000006/weights.safetensors")
+    assert (after_sft / last).read_bytes() == (finished_run / last).read_bytes()
+    stream = json.loads((after_sft / "results/rl.json").read_text())["stream"]
+    assert stream["workers_replaced"] == 1
 
 
 def test_a_pipeline_goes_through_as_a_job(

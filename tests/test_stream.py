@@ -108,16 +108,16 @@ def test_ranks_share_a_step_and_all_know_its_counts() -> None:
     for share in shares:
         assert share is not None and share.groups
         assert (share.tokens_in_step, share.rollouts_in_step) == (6 * 3, 6 * 2)
-        assert share.metrics == describe(whole, 0)
+        assert share.metrics == describe(whole, 0) | {"reward/groups_set_aside": 0}
 
 
 def test_a_lost_workers_lease_is_issued_again_as_it_was() -> None:
     stream = stream_of()
     stream.publish(0)
     lost, kept = leased(stream, "dies"), leased(stream, "lives")
-    assert stream.lost("dies") == 1
+    assert len(stream.lost("dies")) == 1
     again = leased(stream, "new")
-    assert again == replace(lost, attempt=1)
+    assert again == replace(lost, attempt=1, deaths=1)
     assert again.seeds == lost.seeds and again.prompts == lost.prompts
     assert leased(stream, "lives").id not in (lost.id, kept.id)
     assert stream.counts["reissued"] == 1
@@ -130,7 +130,7 @@ def test_a_lease_names_the_newest_weights_of_the_moment_it_is_given() -> None:
     stream.publish(1)
     assert leased(stream).weights_version == 1
     stream.lost("dies")
-    assert leased(stream) == replace(early, attempt=1, weights_version=1)
+    assert leased(stream) == replace(early, attempt=1, deaths=1, weights_version=1)
 
 
 def test_what_a_lost_worker_had_sent_is_kept() -> None:
@@ -148,7 +148,7 @@ def test_a_finished_lease_is_not_lost_with_its_worker() -> None:
     stream = stream_of()
     stream.publish(0)
     submit_all(stream, leased(stream, "dies"))
-    assert stream.lost("dies") == 0
+    assert stream.lost("dies") == []
 
 
 def test_late_and_repeated_groups_are_dropped_and_counted() -> None:
@@ -181,6 +181,96 @@ def test_a_lease_that_takes_too_long_is_issued_again_and_the_first_answer_counts
     assert not any(stream.submit(group) for group in finished(again))
 
 
+def test_a_lease_that_workers_die_over_is_set_aside_and_its_step_goes_on() -> None:
+    stream = stream_of(lease_deaths=2)
+    stream.publish(0)
+    first = leased(stream, "dies")
+    assert stream.submit(finished(first)[0]), "half of it came before the first death"
+    assert [lease.deaths for lease in stream.lost("dies")] == [1]
+    again = leased(stream, "dies too")
+    assert (again.id, again.attempt, again.deaths) == (first.id, 1, 1)
+    assert [(lease.id, lease.deaths) for lease in stream.lost("dies too")] == [(first.id, 2)]
+    assert not stream.submit(finished(first)[1]), "late: it is not wanted any more"
+    others = work_off(stream)
+    assert len(others) == 2 and first.id not in {lease.id for lease in others}
+
+    share = stream.step_share(0, 0, 1)
+    assert share is not None
+    assert problems_of(share.groups) == [p.problem_id for x in others for p in x.prompts]
+    assert (share.tokens_in_step, share.rollouts_in_step) == (4 * 3, 4 * 2), "of what is trained"
+    assert share.metrics["reward/groups_set_aside"] == 2
+    assert [lease.id for lease in stream.set_aside(0)] == [first.id]
+    assert stream.counts["set_aside"] == 1
+    assert stream.frontier(1) == 6, "the next step begins where it would have"
+
+
+def test_the_deaths_of_other_leases_do_not_add_up() -> None:
+    stream = stream_of(lease_deaths=2)
+    stream.publish(0)
+    for _ in range(3):
+        lease = leased(stream, "dies")
+        stream.lost("dies")
+        submit_all(stream, leased(stream))  # the very lease, now finished
+        assert stream.lost("w") == [], f"lease {lease.id} is no longer anybody's"
+    assert stream.counts["set_aside"] == 0
+
+
+def test_a_lease_once_set_aside_is_not_tried_again_when_a_learner_goes_back() -> None:
+    stream = stream_of(lease_deaths=1)
+    stream.publish(0)
+    bad = leased(stream, "dies")
+    stream.lost("dies")
+    work_off(stream)
+    before = stream.step_share(0, 0, 1)
+    stream.rewind(step=0, position=0)
+    stream.publish(0)
+    given = work_off(stream)
+    after = stream.step_share(0, 0, 1)
+    assert bad.prompts not in [lease.prompts for lease in given] and len(given) == 2
+    assert before is not None and after is not None
+    assert problems_of(after.groups) == problems_of(before.groups)
+    assert after.metrics == before.metrics
+    stream.publish(1)
+    assert len(work_off(stream)) == 3, "the same problems in a later step are a new question"
+
+
+def test_a_step_with_too_few_groups_for_its_ranks_passes_for_all_of_them() -> None:
+    stream = stream_of(lease_deaths=1, prompts_per_step=4)
+    stream.publish(0)
+    leased(stream, "dies")
+    stream.lost("dies")
+    work_off(stream)
+    shares = [stream.step_share(0, rank, 3) for rank in range(3)]
+    assert [share and share.groups for share in shares] == [(), (), ()]
+    assert {share.rollouts_in_step for share in shares if share} == {0}
+    assert stream.step_groups(0) == [] and len(stream.set_aside(0)) == 2
+    stream.publish(1)
+    assert len(work_off(stream)) == 2
+
+
+def test_in_place_of_a_lease_that_is_set_aside_others_are_refilled() -> None:
+    stream = stream_of(lease_deaths=1, refill_uniform_groups=True)
+    stream.publish(0)
+    leased(stream, "dies")
+    stream.lost("dies")
+    assert len(work_off(stream)) == 3, "two of the step, and one for the one that is missing"
+    share = stream.step_share(0, 0, 1)
+    assert share is not None and len(share.groups) == 6
+    assert stream.frontier(1) == 8
+
+
+def test_an_evaluation_goes_without_the_problems_that_workers_die_over() -> None:
+    stream = stream_of(lease_deaths=1)
+    stream.publish(0)
+    prompts = [stream.source.prompt(position) for position in range(4)]
+    stream.ask("e", prompts, [(0,)] * 4, GREEDY)
+    bad = leased(stream, "dies")
+    stream.lost("dies")
+    submit_all(stream, leased(stream))
+    left = [prompt for prompt in prompts if prompt not in bad.prompts]
+    assert len(left) == 2 and [g.prompt for g in stream.answers("e") or []] == left
+
+
 @pytest.mark.parametrize("eta", [0, 1, 2])
 def test_no_group_is_staler_than_allowed_and_work_goes_as_far_ahead_as_it_may(eta: int) -> None:
     stream = stream_of(max_staleness=eta, steps=8)
@@ -198,7 +288,7 @@ def test_no_group_is_staler_than_allowed_and_work_goes_as_far_ahead_as_it_may(et
 def test_under_any_timing_every_problem_is_trained_once_an_epoch(eta: int) -> None:
     """Workers come, go, die, stall and repeat themselves at random; ten problems, six a step."""
     rng = random.Random(eta)
-    stream = stream_of(max_staleness=eta, steps=15)
+    stream = stream_of(max_staleness=eta, steps=15, lease_deaths=1_000)
     stream.publish(0)
     held: dict[str, Lease] = {}
     trained: list[str] = []
@@ -328,7 +418,7 @@ def test_an_evaluation_survives_the_death_of_its_worker() -> None:
     lost = leased(stream, "dies")
     stream.lost("dies")
     again = leased(stream, "new")
-    assert again == replace(lost, attempt=1)
+    assert again == replace(lost, attempt=1, deaths=1)
     submit_all(stream, again)
     assert stream.answers("validation 0") is not None
 

@@ -12,6 +12,7 @@ import ray
 
 from aquarl.cluster.results import finished_checkpoint, finished_policy, tokenizer_folder
 from aquarl.cluster.rollout_pool import sampler_maker, unused
+from aquarl.cluster.waits import wait_for
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import ConfigError
@@ -54,11 +55,16 @@ class PooledSampler:
             for i in range(workers)
         ]
         self.shape, self.version = model.shape, -1
+        self._config = config
 
     def load_weights(self, weights: Weights) -> None:
         """Let every worker take these weights."""
         shared = ray.put(weights)
-        ray.get([worker.load_weights.remote(shared) for worker in self._workers])
+        self._wait_for(
+            [worker.load_weights.remote(shared) for worker in self._workers],
+            self._config.cluster.start_timeout_s,
+            "rollout workers to start and take their weights",
+        )
         self.version = weights.version
 
     def sample(
@@ -83,9 +89,22 @@ class PooledSampler:
             if columns[0][i::n]
         ]
         results: list[Any] = [None] * len(columns[0])
-        for i, part in enumerate(ray.get(parts)):
+        answers = self._wait_for(parts, self._config.rl.wait_timeout_s, "a batch of answers")
+        for i, part in enumerate(answers):
             results[i::n] = part
         return results
+
+    def _wait_for(self, refs: list[Any], timeout_s: float, what: str) -> Any:
+        cluster = self._config.cluster
+        return wait_for(
+            refs,
+            timeout_s,
+            what=what,
+            advice=f"Each of {len(self._workers)} workers asks for {cluster.rollout_cpus:g} CPUs "
+            f"and {cluster.rollout_gpus:g} GPUs. Lower rl.rollout_workers or "
+            "evaluate.prompts_per_batch, or raise cluster.start_timeout_s and rl.wait_timeout_s.",
+            run_dir=self._config.run.dir,
+        )
 
 
 def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str, Any]:

@@ -36,6 +36,8 @@ from aquarl.cluster.results import (
 from aquarl.config import Config
 from aquarl.errors import ClusterError
 
+TOKENIZER_WITHIN_S = 2 * 3600.0
+
 # What needs torch and ray.train (seconds to import) is imported where it is used: after Ray has
 # been started and while its first task runs.
 
@@ -79,7 +81,7 @@ def _run(config: Config, stages: tuple[str, ...], since: float) -> None:
             with _stream(config, wanted="rl" in learned) as stream:
                 _learn(config, learned, relay, stream, words, since)
         elif words is not None:
-            ray.get(words)
+            _tokenizer_done(config, words)
 
 
 def _learn(
@@ -92,10 +94,24 @@ def _learn(
         began = since
         if words is not None:
             with plain_errors():
-                began = ray.get(words)
+                began = _tokenizer_done(config, words)
         learner_stages(Post(config, member, relay, stream), stages, began)
 
     run_group(config, work)
+
+
+def _tokenizer_done(config: Config, words: Any) -> float:
+    """Wait for the tokenizer's task. Returns when it was finished."""
+    from aquarl.cluster.waits import wait_for
+
+    finished: float = wait_for(
+        words,
+        TOKENIZER_WITHIN_S,
+        what="the tokenizer, a task on 1 CPU",
+        advice="Free a CPU or add a node, or lower tokenizer.train_chars.",
+        run_dir=config.run.dir,
+    )
+    return finished
 
 
 def tokenizer_stage(config: Config, relay: Any, since: float) -> float:

@@ -5,9 +5,11 @@ Exact sums are counters (Ray's histograms approximate theirs); means are their q
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ray.util.metrics import Counter, Gauge
 
-from aquarl.records import RolloutGroup
+from aquarl.records import Lease, RolloutGroup
 
 
 class StreamMetrics:
@@ -35,6 +37,8 @@ class StreamMetrics:
         self._groups = counter("groups_total", "Groups accepted.")
         self._rollouts = counter("rollouts_total", "Rollouts accepted.")
         self._tokens = counter("sampled_tokens_total", "Tokens of accepted rollouts.")
+        self._lost = counter("rollout_workers_lost_total", "Rollout workers that died.")
+        self._set_aside = counter("leases_set_aside_total", "Leases that workers died over.")
         self._reward = counter("reward_total", "Sum of rewards of accepted rollouts.")
 
     def accepted(self, group: RolloutGroup, newest_version: int) -> None:
@@ -44,6 +48,12 @@ class StreamMetrics:
         if reward := sum(rollout.reward for rollout in group.rollouts):
             self._reward.inc(reward)  # Ray refuses to add 0
         self._staleness.set(newest_version - group.weights_version)
+
+    def lost(self, set_aside: Sequence[Lease]) -> None:
+        """Count a worker that died, and the leases that are set aside for it."""
+        self._lost.inc()
+        if set_aside:
+            self._set_aside.inc(len(set_aside))
 
     def state(
         self, *, depth: int, workers: int, wanted: int, wait_share: float, version: int

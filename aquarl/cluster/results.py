@@ -35,7 +35,7 @@ DEPENDS_ON = {
 """Sections that decide a stage's result, beside those of the stages before it."""
 WITHOUT_EFFECT = {
     "dir", "rollout_workers", "save_every", "eval_every", "transcripts_per_step",
-    "wait_timeout_s", "lease_timeout_s", "worker_restarts",
+    "wait_timeout_s", "lease_timeout_s", "worker_restarts", "lease_deaths",
 }  # fmt: skip
 """Keys that may change between runs without making another policy."""
 HEADLINES = ("vocabulary", "loss/validation", "loss/bits_per_byte", "validation/accuracy")

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from aquarl.cluster.waits import stacks_after, wait_for
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.engines.torch_engine import TorchSampler
@@ -46,14 +47,14 @@ class RolloutWorker:
     def run(self) -> Iterator[RolloutGroup]:
         """Yield one finished group at a time until the stream says stop."""
         while True:
-            offer = ray.get(self._stream.lease.remote(self._name, self._have))
+            offer = self._wait_for(self._stream.lease.remote(self._name, self._have), "a lease")
             if offer.is_over:
                 return
             fetch_s = 0.0
             if offer.weights is not None:
                 fetched_from = time.perf_counter()
                 # From shared memory, without a copy; checks the sum, then flips.
-                self._sampler.load_weights(ray.get(offer.weights))
+                self._sampler.load_weights(self._wait_for(offer.weights, "new weights"))
                 self._have = offer.identity
                 fetch_s = time.perf_counter() - fetched_from
             if (lease := offer.lease) is None:
@@ -62,7 +63,8 @@ class RolloutWorker:
                 self._let_weights_change(lease)
             sampled_from, started = time.time(), time.perf_counter()
             version = self._sampler.version
-            rollouts = self._sampler.sample(lease.prompts, lease.seeds, lease.sampling)
+            with stacks_after(self._config.rl.lease_timeout_s):
+                rollouts = self._sampler.sample(lease.prompts, lease.seeds, lease.sampling)
             groups = scored_groups(
                 lease,
                 rollouts,
@@ -98,6 +100,15 @@ class RolloutWorker:
         # An evaluation is of the very weights that were asked about.
         is_training = lease.purpose == "train"
         self._sampler.newer_weights = newer_weights if is_training else lambda: None
+
+    def _wait_for(self, ref: Any, what: str) -> Any:
+        return wait_for(
+            ref,
+            self._config.rl.wait_timeout_s,
+            what=f"the stream to answer {self._name} with {what}",
+            advice="Start the same command again to resume.",
+            run_dir=self._config.run.dir,
+        )
 
 
 def sampler_maker(config: Config, shape: Shape, tokenizer: Tokenizer) -> Callable[[], Sampler]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError
 
 from aquarl.cluster.errors import plain_errors
 from aquarl.cluster.learner_group import Member
@@ -26,6 +27,7 @@ from aquarl.cluster.results import (
     stands,
     tokenizer_folder,
 )
+from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
 from aquarl.data.batches import RowSource
 from aquarl.data.tokenizer import Tokenizer
@@ -41,9 +43,10 @@ from aquarl.model.checkpoint import (
 from aquarl.model.gpt import GPT, Shape
 from aquarl.observe.ledger import Ledger
 from aquarl.observe.transcripts import write_transcripts
-from aquarl.records import Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
+from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
 from aquarl.rl.learner import Learner
 from aquarl.rl.loop import train_policy
+from aquarl.rl.stream import what_is_set_aside
 from aquarl.tasks.base import to_prompt
 from aquarl.tasks.catalog import load_problems
 from aquarl.train import base, mid, sft
@@ -199,8 +202,10 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         last.update(metrics)
         trained_tokens += int(metrics.get("tokens/trained", 0))
         post.log("rl", step, metrics)
-        if member.rank == 0 and "loss/policy" in metrics:
-            ledger.add(step, stream.groups_of_step)
+        if member.rank == 0 and "tokens/trained" in metrics:
+            ledger.add(step, stream.groups_of_step, stream.set_aside_of_step)
+            for lease in stream.set_aside_of_step:
+                post.relay.put.remote("rl", step, what_is_set_aside(lease))
             write_transcripts(
                 config.run.dir,
                 step,
@@ -258,14 +263,19 @@ class RayStream:
     """
 
     def __init__(self, config: Config, actor: Any) -> None:
-        self._actor = actor
+        self._actor, self._run_dir = actor, config.run.dir
         self._timeout_s = config.rl.wait_timeout_s + 60  # the stream itself gives up earlier
         self.groups_of_step: list[RolloutGroup] = []
         """On rank 0: all groups of the step that was asked for last."""
+        self.set_aside_of_step: list[Lease] = []
 
     def _call(self, method: Callable[..., Any], *args: Any) -> Any:
-        with plain_errors(dead_is_a_mistake=False):
-            return ray.get(method.remote(*args), timeout=self._timeout_s)  # type: ignore[attr-defined]
+        try:
+            with plain_errors(dead_is_a_mistake=False):
+                return ray.get(method.remote(*args), timeout=self._timeout_s)  # type: ignore[attr-defined]
+        except GetTimeoutError:  # Ray Train starts the group again, and gives up in the end
+            leave_stacks(self._run_dir, f"The stream did not answer in {self._timeout_s:.0f} s.")
+            raise
 
     def begin(self, shape: Shape) -> None:
         self._call(self._actor.begin, shape)
@@ -279,7 +289,8 @@ class RayStream:
     def next_step(self, step: int, rank: int, world: int) -> StepShare:
         share: StepShare = self._call(self._actor.next_step, step, rank, world)
         if rank == 0:  # now, for no rank can ask for the next step, which forgets this one
-            self.groups_of_step = self._call(self._actor.step_groups, step)
+            seen = self._call(self._actor.step_groups, step)
+            self.groups_of_step, self.set_aside_of_step = seen
         return share
 
     def evaluate(

@@ -8,6 +8,7 @@ current weights object (so that it outlives the learner that made it), and answe
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from aquarl.cluster.kinds import for_kind, kinds_of, next_kind
 from aquarl.cluster.ray_metrics import StreamMetrics
 from aquarl.cluster.results import tokenizer_folder
 from aquarl.cluster.rollout_pool import hire, sampler_maker
+from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import ClusterError
@@ -30,12 +32,14 @@ from aquarl.model.gpt import Shape
 from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
 from aquarl.rl.pool_size import PoolSize
 from aquarl.rl.prompts import PromptSource
-from aquarl.rl.stream import RolloutStream
+from aquarl.rl.stream import RolloutStream, what_is_set_aside
 from aquarl.tasks.catalog import load_problems
 
 LEASE_WAIT_S = 5.0
 """How long a worker's question stays open before it is told to ask again."""
 TICK_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 WeightsIdentity = tuple[int, int]
 """Version and checksum. A version alone does not tell: a learner that went back to a checkpoint
@@ -75,6 +79,8 @@ class StreamActor:
         self._gave_at: float | None = None
         """When the learner got its last step."""
         self._wait_share = 0.0
+        self._deaths_in_a_row = 0
+        """Of workers, since a group came in; what one lease does to several counts once."""
         self._fault: str | None = None
         self._is_over = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -182,18 +188,25 @@ class StreamActor:
 
     async def _accept(self, group: RolloutGroup) -> None:
         if self._stream.submit(group):
+            self._deaths_in_a_row = 0
             self._metrics.accepted(group, self._stream.version)
         await self._notify()
 
     async def _bury(self, name: str, error: RayError) -> None:
         """Free a dead worker's lease and hire another, unless too many died already."""
         self._workers.pop(name, None)
-        self._stream.lost(name)
+        leases = self._stream.lost(name)
+        set_aside = [x for x in leases if x.deaths >= self._config.rl.lease_deaths]
+        self._metrics.lost(set_aside)
+        for lease in set_aside:
+            logger.error("%s The last one: %s", what_is_set_aside(lease), last_line(error))
+        if not any(lease.deaths > 1 for lease in leases):
+            self._deaths_in_a_row += 1
         if self._is_over or len(self._workers) >= self._wanted:
             pass
         elif (mistake := users_mistake(error)) is not None:
             self._fault = str(mistake)  # every worker would say the same
-        elif not isinstance(error, RayActorError) or self._replaced >= self._limit:
+        elif not isinstance(error, RayActorError) or self._deaths_in_a_row > self._limit:
             self._fault = (
                 f"Rollout worker {name} died ({last_line(error)}) and {self._replaced} were "
                 "replaced before it, so replacing it again would not help. The last checkpoint is "
@@ -203,7 +216,7 @@ class StreamActor:
             )
         else:
             self._replaced += 1
-            await asyncio.sleep(min(0.1 * 2**self._replaced, 5.0))
+            await asyncio.sleep(min(0.05 * 2**self._deaths_in_a_row, 5.0))
             if len(self._workers) < self._wanted and not self._is_over:
                 self._hire()
         await self._notify()
@@ -262,9 +275,10 @@ class StreamActor:
             await self._observe(asked_at, fullness)
         return replace(share, metrics=share.metrics | self._pool_metrics())
 
-    async def step_groups(self, step: int) -> list[RolloutGroup]:
-        """Return all groups of a step that is complete and not yet followed by another."""
-        return self._stream.step_groups(step) or []
+    async def step_groups(self, step: int) -> tuple[list[RolloutGroup], list[Lease]]:
+        """Return all groups of a step that is complete and not yet followed by another, and the
+        leases that it goes without."""
+        return self._stream.step_groups(step) or [], self._stream.set_aside(step)
 
     async def evaluate(
         self, name: str, prompts: Sequence[Prompt], sampling: Sampling
@@ -321,7 +335,9 @@ class StreamActor:
             if self._fault:
                 raise ClusterError(self._fault)
             if time.monotonic() > deadline:
-                raise ClusterError(self._why_late(what))
+                why = self._why_late(what)
+                where = leave_stacks(self._config.run.dir, why, await self.status())
+                raise ClusterError(f"{why} {where}")
         return result
 
     def _why_late(self, what: str) -> str:

@@ -2,8 +2,9 @@
 
 It also says who sampled each group and when, from which `evaluate.report` draws the timeline.
 
-One line a group, in the order of training. A learner that goes back to a checkpoint takes back
-the lines after it, so the file always tells of the policy that is.
+One line a group, in the order of training, and one a problem that was set aside because workers
+died over it. A learner that goes back to a checkpoint takes back the lines after it, so the file
+always tells of the policy that is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import fsspec
 
-from aquarl.records import RolloutGroup
+from aquarl.records import Lease, RolloutGroup
 from aquarl.storage import put
 
 
@@ -30,8 +31,10 @@ class Ledger:
             lines = fs.cat_file(path).decode().splitlines()
             self._lines = [line for line in lines if json.loads(line)["step"] < step]
 
-    def add(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        """Note the groups that were trained in a step."""
+    def add(
+        self, step: int, groups: Sequence[RolloutGroup], set_aside: Sequence[Lease] = ()
+    ) -> None:
+        """Note the groups that were trained in a step, and the leases that it went without."""
         self._lines += [
             json.dumps(
                 {
@@ -46,6 +49,18 @@ class Ledger:
                 }
             )
             for group in groups
+        ] + [
+            json.dumps(
+                {
+                    "step": step,
+                    "lease": lease.id,
+                    "place": place,
+                    "problem": prompt.problem_id,
+                    "set_aside_after_deaths": lease.deaths,
+                }
+            )
+            for lease in set_aside
+            for place, prompt in enumerate(lease.prompts)
         ]
 
     def write(self) -> None:

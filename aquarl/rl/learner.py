@@ -84,9 +84,13 @@ class Learner:
         """Do one optimizer step on this rank's groups. Returns means over the step's tokens.
 
         Args:
-            groups: Those of this rank, at least one.
+            groups: Those of this rank, at least one, unless the whole step was set aside: then
+                the step passes without an update.
             tokens_in_step, rollouts_in_step: Counts over all ranks.
         """
+        if rollouts_in_step == 0:
+            self.step += 1
+            return {}
         started = time.perf_counter()
         sums: dict[str, float] = defaultdict(float)
         batches = list(

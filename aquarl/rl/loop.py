@@ -113,13 +113,14 @@ def validate(
 ) -> Metrics:
     """Return greedy accuracy and length on held-out problems, sampled by the rollout workers.
 
-    Of no problems there is nothing to say: {}.
+    Of no problems, or if no worker survived them, there is nothing to say: {}.
     """
     if not prompts:
         return {}
     sampling = Sampling(config.max_new_tokens, temperature=0.0)
     began = time.perf_counter()
-    groups = stream.evaluate(f"validation {step}", prompts, sampling)
+    if not (groups := stream.evaluate(f"validation {step}", prompts, sampling)):
+        return {}
     seen = describe(groups, step)
     return {
         "validation/accuracy": seen["reward/accuracy"],

@@ -8,12 +8,14 @@ given to it, so a test can play hours in a moment.
 - Leases for step s exist only once weights s - max_staleness do, so no group can be too stale.
 - A step is complete when all its groups are in; they come in the order of their leases, whoever
   sampled them.
+- A lease over which `lease_deaths` workers died is set aside whole, whatever of it has come, and
+  for good: its step is trained without it, and again so when a learner goes back over that step.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from aquarl.config import RLConfig
@@ -32,10 +34,11 @@ class _Open:
     worker: str | None = None
     since_s: float = 0.0
     groups: dict[int, RolloutGroup] = field(default_factory=dict)
+    is_set_aside: bool = False
 
     @property
     def is_finished(self) -> bool:
-        return len(self.groups) == len(self.lease.prompts)
+        return self.is_set_aside or len(self.groups) == len(self.lease.prompts)
 
 
 class RolloutStream:
@@ -44,8 +47,10 @@ class RolloutStream:
     def __init__(self, source: PromptSource, config: RLConfig) -> None:
         self.source, self.config = source, config
         self.counts: Counter[str] = Counter()
-        """"late", "reissued", "leases", "groups": over the life of the stream."""
+        """"late", "reissued", "set_aside", "leases", "groups": over the life of the stream."""
         self._ids = 0
+        self._bad: dict[tuple[int, str, tuple[str, ...]], int] = {}
+        """Leases to set aside, by step, purpose and problems, and the deaths over each."""
         self.rewind(step=0, position=0)
 
     def rewind(self, step: int, position: int) -> None:
@@ -66,10 +71,8 @@ class RolloutStream:
 
     def lease(self, worker: str, now_s: float) -> Lease | None:
         """Return the next lease for this worker, or None if there is nothing to do now."""
-        free = next((entry for entry in self._open.values() if self._is_free(entry)), None)
-        if free is None and self._may_open_step():
+        while (free := self._first_free()) is None and self._may_open_step():
             self._open_step()
-            free = next(entry for entry in self._open.values() if self._is_free(entry))
         if free is None:
             return None
         free.worker, free.since_s = worker, now_s
@@ -80,23 +83,30 @@ class RolloutStream:
     def submit(self, group: RolloutGroup) -> bool:
         """Take a finished group. False: it was late or a repeat, and is dropped."""
         entry = self._open.get(group.lease_id)
-        if entry is None or group.index in entry.groups:
+        if entry is None or entry.is_set_aside or group.index in entry.groups:
             self.counts["late"] += 1
             return False
         entry.groups[group.index] = group
         self.counts["groups"] += 1
-        if entry.is_finished and entry.lease.purpose == "train":
-            self._refill(entry.lease.step)
+        self._when_finished(entry)
         return True
 
-    def lost(self, worker: str) -> int:
-        """Free the unfinished leases of a dead worker. Returns how many."""
-        return self._free(e for e in self._open.values() if e.worker == worker)
+    def lost(self, worker: str) -> list[Lease]:
+        """Free the unfinished leases of a dead worker, or set them aside. Returns them.
+
+        Those with `config.lease_deaths` deaths are the ones set aside.
+        """
+        freed = self._free(e for e in self._open.values() if e.worker == worker)
+        for entry in freed:
+            entry.lease = replace(entry.lease, deaths=entry.lease.deaths + 1)
+            if entry.lease.deaths >= self.config.lease_deaths:
+                self._set_aside(entry)
+        return [entry.lease for entry in freed]
 
     def expire(self, now_s: float) -> int:
         """Free leases that were not finished in time. Returns how many."""
         oldest = now_s - self.config.lease_timeout_s
-        return self._free(e for e in self._open.values() if e.worker and e.since_s < oldest)
+        return len(self._free(e for e in self._open.values() if e.worker and e.since_s < oldest))
 
     # Towards the learner.
 
@@ -109,12 +119,19 @@ class RolloutStream:
 
         Asking for a step tells that the one before it is trained. It is kept once more, for
         ranks that are still looking at it; those before that one are forgotten.
+
+        A step that has fewer groups than ranks, because leases were set aside, is set aside whole:
+        its share is empty on every rank.
         """
         self._asked_step = max(step, self._asked_step)
         self._forget_before(step - 1)
         groups = self.step_groups(step)
         if groups is None:
             return None
+        if 0 < len(groups) < world:
+            for lease_id in self._leases_of_step[step]:
+                self._set_aside(self._open[lease_id])
+            groups = []
         trained = groups
         if self.config.refill_uniform_groups:
             useful = [group for group in groups if not is_uniform(group)]
@@ -123,12 +140,18 @@ class RolloutStream:
             groups=tuple(trained[rank::world]),
             tokens_in_step=sum(len(r.ids) for group in trained for r in group.rollouts),
             rollouts_in_step=sum(len(group.rollouts) for group in trained),
-            metrics=describe(groups, step),
+            metrics=describe(groups, step)
+            | {"reward/groups_set_aside": sum(len(x.prompts) for x in self.set_aside(step))},
         )
 
     def step_groups(self, step: int) -> list[RolloutGroup] | None:
         """Return all groups of a step in the order of their leases, or None if not complete."""
         return self._collected(self._leases_of_step.get(step))
+
+    def set_aside(self, step: int) -> list[Lease]:
+        """Return the leases of a step that it is trained without."""
+        entries = [self._open[lease_id] for lease_id in self._leases_of_step.get(step, ())]
+        return [entry.lease for entry in entries if entry.is_set_aside]
 
     def frontier(self, step: int) -> int:
         """Return the position of the first prompt of a step: where to resume it."""
@@ -180,16 +203,28 @@ class RolloutStream:
         busy = [e.worker for e in self._open.values() if e.worker and not e.is_finished]
         return dict(Counter(busy))
 
-    def _is_free(self, entry: _Open) -> bool:
-        return entry.worker is None and not entry.is_finished
+    def _first_free(self) -> _Open | None:
+        entries = self._open.values()
+        return next((e for e in entries if e.worker is None and not e.is_finished), None)
 
-    def _free(self, entries: object) -> int:
-        freed = [e for e in entries if not e.is_finished]  # type: ignore[attr-defined]
+    def _free(self, entries: Iterable[_Open]) -> list[_Open]:
+        freed = [entry for entry in entries if not entry.is_finished]
         for entry in freed:
             entry.worker = None
             entry.lease = replace(entry.lease, attempt=entry.lease.attempt + 1)
         self.counts["reissued"] += len(freed)
-        return len(freed)
+        return freed
+
+    def _set_aside(self, entry: _Open) -> None:
+        entry.is_set_aside = True
+        entry.groups.clear()  # which of them came before the deaths is chance
+        self.counts["set_aside"] += 1
+        self._bad[_signature(entry.lease)] = entry.lease.deaths
+        self._when_finished(entry)
+
+    def _when_finished(self, entry: _Open) -> None:
+        if entry.is_finished and entry.lease.purpose == "train":
+            self._refill(entry.lease.step)
 
     def _may_open_step(self) -> bool:
         config = self.config
@@ -208,6 +243,7 @@ class RolloutStream:
         self._leases_of_step[step] = []
         for _ in range(config.prompts_per_step // config.prompts_per_lease):
             self._lease_next_prompts(step)
+        self._refill(step)  # where all of them were set aside before
         self.next_step += 1
 
     def _lease_next_prompts(self, step: int) -> None:
@@ -228,7 +264,9 @@ class RolloutStream:
         purpose: str,
     ) -> int:
         lease = Lease(self._ids, step, prompts, seeds, sampling, self.version, purpose)
-        entry = {lease.id: _Open(lease)}
+        deaths = self._bad.get(_signature(lease))
+        lease = replace(lease, deaths=deaths or 0)
+        entry = {lease.id: _Open(lease, is_set_aside=deaths is not None)}
         # Evaluations go first: the learner waits for them.
         self._open = self._open | entry if purpose == "train" else entry | self._open
         self._ids += 1
@@ -237,14 +275,14 @@ class RolloutStream:
     def _refill(self, step: int) -> None:
         """Lease further prompts for a complete step in place of groups that teach nothing."""
         config = self.config
-        groups = self.step_groups(step)
-        if not config.refill_uniform_groups or groups is None:
-            return
-        useful = sum(not is_uniform(group) for group in groups)
-        missing = config.prompts_per_step - useful
-        room = (1 + REFILLS_AT_MOST) * config.prompts_per_step - len(groups)
-        for _ in range(0, min(missing, room), config.prompts_per_lease):
-            self._lease_next_prompts(step)
+        while config.refill_uniform_groups and (groups := self.step_groups(step)) is not None:
+            useful = sum(not is_uniform(group) for group in groups)
+            missing = config.prompts_per_step - useful
+            room = (1 + REFILLS_AT_MOST) * config.prompts_per_step - len(groups)
+            if min(missing, room) <= 0:
+                return
+            for _ in range(0, min(missing, room), config.prompts_per_lease):
+                self._lease_next_prompts(step)
 
     def _collected(self, lease_ids: Sequence[int] | None) -> list[RolloutGroup] | None:
         if lease_ids is None or not all(self._open[i].is_finished for i in lease_ids):
@@ -258,13 +296,29 @@ class RolloutStream:
             del self._start_of_step[old]
 
 
+def _signature(lease: Lease) -> tuple[int, str, tuple[str, ...]]:
+    """Return what a lease is whenever it is made: ids are new after a rewind."""
+    return lease.step, lease.purpose, tuple(prompt.problem_id for prompt in lease.prompts)
+
+
+def what_is_set_aside(lease: Lease) -> str:
+    """Return the sentence for the person and the log."""
+    problems = ", ".join(prompt.problem_id for prompt in lease.prompts)
+    return (
+        f"{lease.deaths} rollout workers died over lease {lease.id} ({lease.purpose}, step "
+        f"{lease.step}), so it is set aside and the run goes on without its problems: {problems}."
+    )
+
+
 def is_uniform(group: RolloutGroup) -> bool:
     """Return whether all rewards of a group are equal: it has nothing to teach."""
     return len({rollout.reward for rollout in group.rollouts}) == 1
 
 
 def describe(groups: Sequence[RolloutGroup], step: int) -> Metrics:
-    """Return what to plot about a step's groups."""
+    """Return what to plot about a step's groups; of none, that there are none."""
+    if not groups:
+        return {"reward/groups": 0}
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     n, lengths = len(rollouts), [len(rollout.ids) for rollout in rollouts]
     right = sum(r.letter == g.prompt.answer_letter for g in groups for r in g.rollouts)

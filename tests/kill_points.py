@@ -1,0 +1,138 @@
+"""Parts of a run that kill their own process at chosen points: what `tests/test_chaos.py` hires.
+
+The run is the real one; it is only given these classes in place of its own. A point is armed by a
+file in the run directory, which the process removes right before it dies of SIGKILL, so that each
+death happens once. Whoever takes up a lease with a problem named in `poison` dies every time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aquarl.cluster import learner_group, rollout_pool, stream_actor
+from aquarl.cluster.learner_group import Member
+from aquarl.cluster.rollout_pool import RolloutWorker
+from aquarl.cluster.stream_actor import StreamActor
+from aquarl.config import Config
+from aquarl.records import RolloutGroup, StepShare, Weights
+
+POINTS = (
+    "lease", "submit", "batch taken", "after backward", "checkpoint write",
+    "publishing learner", "publishing stream",
+)  # fmt: skip
+FROM_STEP = 3
+"""Points lie in this step or later: behind the checkpoint of step 2, before the next."""
+
+
+def arm(run: Path, *points: str) -> None:
+    (run / "armed").mkdir()
+    for point in points:
+        (run / "armed" / point).touch()
+
+
+def armed(run: str | Path) -> list[str]:
+    """Return the points at which nobody has died yet."""
+    return sorted(path.name for path in Path(run, "armed").iterdir())
+
+
+def die_once(run_dir: str, point: str) -> None:
+    try:
+        Path(run_dir, "armed", point).unlink()
+    except FileNotFoundError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def employ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the next run of this process hire the parts below."""
+    run_group = learner_group.run_group
+    monkeypatch.setattr(stream_actor, "StreamActor", MortalStream)
+    monkeypatch.setattr(
+        learner_group, "run_group", lambda config, work: run_group(config, MortalWork(work))
+    )
+
+
+class MortalWorker(RolloutWorker):
+    def __init__(self, name: str, config: Config, *rest: Any) -> None:
+        if (broken := Path(config.run.dir, "broken")).is_file():
+            raise RuntimeError(broken.read_text())
+        super().__init__(name, config, *rest)
+        self._run_dir, sample = config.run.dir, self._sampler.sample
+        poison = Path(config.run.dir, "poison")
+        self._poison = poison.read_text().split() if poison.is_file() else []
+
+        def mortal(prompts: Any, seeds: Any, sampling: Any) -> Any:
+            if any(prompt.problem_id in self._poison for prompt in prompts):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self._sampler.version >= FROM_STEP:
+                die_once(self._run_dir, "lease")
+            return sample(prompts, seeds, sampling)
+
+        self._sampler.sample = mortal  # type: ignore[method-assign]
+
+    def run(self) -> Iterator[RolloutGroup]:
+        for group in super().run():
+            yield group
+            if group.weights_version >= FROM_STEP:  # one is on its way, its siblings are not
+                die_once(self._run_dir, "submit")
+
+
+class MortalStream(StreamActor):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        rollout_pool.RolloutWorker = MortalWorker  # type: ignore[misc, assignment]  # here only
+
+    async def publish(self, weights: Weights) -> None:
+        await super().publish(weights)  # workers may have them by now; the learner is not told
+        if weights.version > FROM_STEP:
+            die_once(self._config.run.dir, "publishing stream")
+
+
+class MortalWork:
+    """What a learner does, in a process that may die of it."""
+
+    def __init__(self, work: Callable[[Config, Member], None]) -> None:
+        self.work = work
+
+    def __call__(self, config: Config, member: Member) -> None:
+        from aquarl import storage
+        from aquarl.cluster.stages import RayStream
+        from aquarl.rl.learner import Learner
+
+        run = config.run.dir
+        next_step, publish = RayStream.next_step, RayStream.publish
+        backward, pipe = Learner._backward, storage._pipe
+
+        def mortal_next_step(self: RayStream, step: int, rank: int, world: int) -> StepShare:
+            share = next_step(self, step, rank, world)
+            if step >= FROM_STEP:
+                die_once(run, "batch taken")
+            return share
+
+        def mortal_backward(self: Learner, batch: Any, sums: dict[str, float]) -> None:
+            backward(self, batch, sums)
+            if self.step >= FROM_STEP:
+                die_once(run, "after backward")
+
+        def mortal_pipe(fs: Any, path: str, body: bytes) -> None:
+            pipe(fs, path, body)
+            if "rl/step_000004" in path and path.endswith("weights.safetensors"):
+                die_once(run, "checkpoint write")  # the rest of the folder is missing
+
+        def mortal_publish(self: RayStream, weights: Weights) -> None:
+            if weights.version > FROM_STEP and "publishing learner" in armed(run):
+                self._actor.publish.remote(weights)
+                die_once(run, "publishing learner")
+            publish(self, weights)
+
+        RayStream.next_step = mortal_next_step  # type: ignore[method-assign]
+        RayStream.publish = mortal_publish  # type: ignore[method-assign]
+        Learner._backward = mortal_backward  # type: ignore[method-assign]
+        storage._pipe = mortal_pipe
+        self.work(config, member)
