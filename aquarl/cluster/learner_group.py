@@ -14,14 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import nn
 
+from aquarl.cluster.launch import cluster_address
 from aquarl.config import Config, build_config
 from aquarl.errors import AquarlError, ClusterError
+from aquarl.storage import remove
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,15 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     resources = {"CPU": cluster.learner_cpus}
     if cluster.learner_gpus:
         resources["GPU"] = cluster.learner_gpus
+    backend = "nccl" if cluster.learner_gpus else "gloo"
+    meeting = tempfile.mkdtemp(prefix="aquarl_learners_")
+    is_elsewhere = cluster_address(config) is not None
+    torch_config = TorchConfig(backend) if is_elsewhere else _OneMachine(backend, meeting)
+    storage = f"{config.run.dir}/ray_train"  # Train's own notes, which nobody reads afterwards
     trainer = TorchTrainer(
         _Loop(work),
         train_loop_config={"config": config.model_dump(mode="json")},
-        torch_config=TorchConfig(backend="nccl" if cluster.learner_gpus else "gloo"),
+        torch_config=torch_config,
         scaling_config=ScalingConfig(
             num_workers=cluster.learners,
             use_gpu=cluster.learner_gpus > 0,
@@ -85,7 +94,7 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
         ),
         run_config=RunConfig(
             name=f"aquarl-{time.time_ns()}",  # resuming is ours: never reuse Train's own state
-            storage_path=_train_storage(config),
+            storage_path=storage,
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures,
                 controller_failure_limit=cluster.max_failures,  # for ever, by default
@@ -108,6 +117,9 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
             f"{_root(error)}. The last checkpoint is whole; start the same command again to "
             "resume. If a worker ran out of memory, lower micro_rows or rl.micro_prompts."
         ) from error
+    finally:
+        remove(storage)
+        remove(meeting)
     if fault := returned.get("fault"):
         raise AquarlError(fault)
 
@@ -135,11 +147,32 @@ class _Loop:
         return {}
 
 
-def _train_storage(config: Config) -> str:
-    """Where Ray Train keeps its own notes: beside the run where that is a bucket."""
-    if "://" in config.run.dir:
-        return f"{config.run.dir}/ray_train"
-    return os.path.join(tempfile.gettempdir(), "aquarl_ray_train")
+class _OneMachine(TorchConfig):
+    """Learners of one machine meet in a file: torch's TCP store listens on every interface."""
+
+    def __init__(self, backend: str, folder: str) -> None:
+        super().__init__(backend)
+        self.folder = folder
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _MeetInFile
+
+
+class _MeetInFile(Backend):
+    share_cuda_visible_devices = True  # as Train's own, for NCCL
+
+    def on_start(self, worker_group: Any, backend_config: _OneMachine) -> None:
+        """Join the workers, each time the group starts. One alone needs no group."""
+        if (world := len(worker_group)) == 1:
+            return
+        backend = backend_config.backend
+        meeting = f"file://{backend_config.folder}/{time.time_ns()}"
+
+        def join(place: int) -> None:
+            dist.init_process_group(backend, meeting, rank=place, world_size=world)
+
+        ray.get([worker_group.execute_single_async(i, join, i) for i in range(world)])
 
 
 def _root(error: BaseException) -> str:
