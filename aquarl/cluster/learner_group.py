@@ -11,12 +11,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
@@ -26,6 +28,8 @@ from aquarl.cluster.launch import cluster_address
 from aquarl.config import Config, build_config
 from aquarl.errors import AquarlError, ClusterError
 from aquarl.storage import remove
+
+ABORT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     is_elsewhere = cluster_address(config) is not None
     torch_config = TorchConfig(backend) if is_elsewhere else _OneMachine(backend, meeting)
     storage = f"{config.run.dir}/ray_train"  # Train's own notes, which nobody reads afterwards
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _Loop(work),
         train_loop_config={"config": config.model_dump(mode="json")},
         torch_config=torch_config,
@@ -103,6 +107,9 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     )
     try:
         returned = trainer.fit().return_value
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
     except ControllerError as error:
         raise ClusterError(
             f"The learner group could not start: {cluster.learners} workers, each with "
@@ -122,6 +129,21 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
         remove(meeting)
     if fault := returned.get("fault"):
         raise AquarlError(fault)
+
+
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to us: Train's handler ends the process with status 1, and stays for good."""
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """Give back what the group holds, also in a cluster that goes on."""
+        if self._controller is not None:
+            with suppress(RayError):  # it ends itself, which Ray calls an error
+                ray.get(self._controller.abort.remote(), timeout=ABORT_S)
 
 
 class _Loop:

@@ -41,8 +41,8 @@ class RolloutWorker:
     def __repr__(self) -> str:
         return f"RolloutWorker({self._name})"  # Ray asks once, when it is made
 
-    def run(self) -> Iterator[RolloutGroup]:
-        """Yield one finished group at a time until the stream says stop."""
+    def run(self) -> Iterator[list[RolloutGroup]]:
+        """Yield the finished groups of one lease at a time until the stream says stop."""
         while True:
             offer = ray.get(self._stream.lease.remote(self._name, self._have))
             if offer.is_over:
@@ -55,7 +55,7 @@ class RolloutWorker:
                 continue
             started = time.perf_counter()
             rollouts = self._sampler.sample(lease.prompts, lease.seeds, lease.sampling)
-            groups = scored_groups(
+            yield scored_groups(
                 lease,
                 rollouts,
                 self._tokenizer,
@@ -64,8 +64,6 @@ class RolloutWorker:
                 worker=self._name,
                 sample_s=time.perf_counter() - started,
             )
-            for group in groups:  # noqa: UP028 (Ray drives it by send(), which a list has not)
-                yield group
 
 
 def sampler_maker(config: Config, shape: Shape, tokenizer: Tokenizer) -> Callable[[], Sampler]:

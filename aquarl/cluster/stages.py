@@ -276,7 +276,9 @@ class RayStream:
 
     def next_step(self, step: int, rank: int, world: int) -> StepShare:
         share: StepShare = self._call(self._actor.next_step, step, rank, world)
-        if rank == 0:  # now, for no rank can ask for the next step, which forgets this one
+        self.groups_of_step = list(share.groups)
+        if rank == 0 and len(share.groups) < share.metrics["reward/groups"]:
+            # Now, for no rank can ask for the next step, which forgets this one.
             self.groups_of_step = self._call(self._actor.step_groups, step)
         return share
 

@@ -223,9 +223,10 @@ class RolloutStream:
         purpose: str,
     ) -> int:
         lease = Lease(self._ids, step, prompts, seeds, sampling, self.version, purpose)
-        entry = {lease.id: _Open(lease)}
-        # Evaluations go first: the learner waits for them.
-        self._open = self._open | entry if purpose == "train" else entry | self._open
+        if purpose == "train":
+            self._open[lease.id] = _Open(lease)
+        else:  # evaluations go first: the learner waits for them
+            self._open = {lease.id: _Open(lease)} | self._open
         self._ids += 1
         return lease.id
 
