@@ -10,7 +10,15 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from aquarl.config import Config, RunConfig, load_config, own_settings, to_toml, with_absolute_paths
+from aquarl.config import (
+    Config,
+    RunConfig,
+    load_config,
+    own_settings,
+    refuse_secrets,
+    to_toml,
+    with_absolute_paths,
+)
 from aquarl.errors import AquarlError, ClusterError, ConfigError
 
 Arguments = argparse.Namespace
@@ -308,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 2 something the user can mend."""
     name = ""
     try:
+        refuse_secrets(" ".join(sys.argv[1:] if argv is None else argv))
         args = _parse(argv)
         name = f" {args.command}"
         config = load_config(_starting_point(args), args.overrides)

@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,10 @@ from aquarl.errors import ConfigError
 
 JOB_FOLDER = "/working_dir_files/"
 """Ray unpacks a job's `working_dir` below a folder of this name."""
+SECRET = re.compile(
+    r"://[^@\s]*:[^@\s]*@|[?&][^=&\s]*(key|password|secret|signature|token)[^=&\s]*=", re.IGNORECASE
+)
+"""How a URL looks that has a password in it."""
 PRESETS = Path(__file__).resolve().parent.parent / "ray_jobs"
 
 
@@ -386,15 +391,33 @@ def load_config(file_or_preset: str | None = None, overrides: Sequence[str] = ()
 def build_config(tree: dict[str, Any]) -> Config:
     """Return the checked `Config` of a nested dict. Raises: ConfigError, naming the first fault."""
     _refuse_unknown(tree, Config, "")
+    refuse_secrets(json.dumps(tree, default=str))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"])
         raise ConfigError(
-            f"{where} is {fault['input']!r}, but: {fault['msg'].lower()}. "
+            f"{where} is {_shown(fault['input'])}, but: {fault['msg'].lower()}. "
             f"`aquarl {where.split('.')[0]} --dry-run` shows the defaults."
         ) from error
+
+
+def refuse_secrets(text: str) -> None:
+    """Raise ConfigError, without repeating it, if a URL in this text has a password in it."""
+    if SECRET.search(text):
+        raise ConfigError(
+            "A URL with a password in it was given, but settings are kept in the run directory, "
+            "its report and its logs, for everyone to read. Leave it out of the URL; storage finds "
+            "it in the environment (AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, "
+            "HF_TOKEN) or in its own files (~/.aws, gcloud, ~/.cache/huggingface)."
+        )
+
+
+def _shown(value: Any) -> str:
+    """Return a wrong value as an error may show it: what is that long may be a key or a token."""
+    shown = repr(value)
+    return shown if len(shown) <= 24 else f"a value of {len(shown)} characters"
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -69,6 +69,12 @@ def _pipe(fs: AbstractFileSystem, path: str, body: bytes) -> None:
         raise OSError(errno.EIO, "fewer bytes arrived than were sent")
 
 
+def remove(path: str) -> None:
+    """Remove a file or folder that nobody needs any more, if it is there. Never raises."""
+    fs, where = fsspec.url_to_fs(path)
+    _forget(fs, where)
+
+
 def _forget(fs: AbstractFileSystem, path: str) -> None:
     try:
         if fs.exists(path):

@@ -76,10 +76,10 @@ class MortalWorker(RolloutWorker):
 
         self._sampler.sample = mortal  # type: ignore[method-assign]
 
-    def run(self) -> Iterator[RolloutGroup]:
-        for group in super().run():
-            yield group
-            if group.weights_version >= FROM_STEP:  # one is on its way, its siblings are not
+    def run(self) -> Iterator[list[RolloutGroup]]:
+        for groups in super().run():
+            yield groups
+            if groups[0].weights_version >= FROM_STEP:  # they are on their way
                 die_once(self._run_dir, "submit")
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -23,6 +23,7 @@ from rich.console import Console
 
 from aquarl.cluster.errors import first_line, plain_errors
 from aquarl.cluster.kinds import first_kinds
+from aquarl.cluster.own_ray import alone
 from aquarl.cluster.results import (
     finished_at,
     put_json,
@@ -213,18 +214,30 @@ def connected(config: Config) -> Iterator[None]:
         yield
         return
     address = cluster_address(config) or "local"
-    quiet = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_DEDUP_LOGS": "0"}
-    if address == "local":
-        quiet["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    with alone() if address == "local" else nullcontext():
+        _join(address, namespace(config))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _stop)  # after Ray has set its own
+        try:
+            yield
+        except KeyboardInterrupt:  # what Ray makes of an exception in a signal's handler
+            if _is_stopping.is_set():
+                raise Stopped from None
+            raise
+        finally:
+            ray.shutdown()
+
+
+def _join(address: str, namespace: str) -> None:
     starts = "starting Ray on this machine" if address == "local" else f"joining Ray at {address}"
     try:
         require_answer(address)
         with Console(stderr=True).status(starts, refresh_per_second=4):
             ray.init(
                 address=address,
-                namespace=namespace(config),
+                namespace=namespace,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
@@ -233,16 +246,6 @@ def connected(config: Config) -> Iterator[None]:
             f"There is no Ray cluster to join at {address} ({first_line(error)}). "
             "Start one with `ray start --head`, or leave cluster.address out to use this machine."
         ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)  # after Ray has set its own
-    try:
-        yield
-    except KeyboardInterrupt:  # what Ray makes of an exception in a signal's handler
-        if _is_stopping.is_set():
-            raise Stopped from None
-        raise
-    finally:
-        ray.shutdown()
 
 
 def require_answer(address: str) -> None:

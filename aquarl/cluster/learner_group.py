@@ -11,20 +11,28 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import ray
 import torch
 import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import nn
 
+from aquarl.cluster.launch import cluster_address
 from aquarl.config import Config, build_config
 from aquarl.errors import AquarlError, ClusterError
 from aquarl.model.modes import keep_memory
+from aquarl.storage import remove
+
+ABORT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -85,10 +93,15 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     resources = {"CPU": cluster.learner_cpus}
     if cluster.learner_gpus:
         resources["GPU"] = cluster.learner_gpus
-    trainer = TorchTrainer(
+    backend = "nccl" if cluster.learner_gpus else "gloo"
+    meeting = tempfile.mkdtemp(prefix="aquarl_learners_")
+    is_elsewhere = cluster_address(config) is not None
+    torch_config = TorchConfig(backend) if is_elsewhere else _OneMachine(backend, meeting)
+    storage = f"{config.run.dir}/ray_train"  # Train's own notes, which nobody reads afterwards
+    trainer = _Trainer(
         _Loop(work),
         train_loop_config={"config": config.model_dump(mode="json")},
-        torch_config=TorchConfig(backend="nccl" if cluster.learner_gpus else "gloo"),
+        torch_config=torch_config,
         scaling_config=ScalingConfig(
             num_workers=learners.min
             if learners.min == learners.max
@@ -98,7 +111,7 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
         ),
         run_config=RunConfig(
             name=f"aquarl-{time.time_ns()}",  # resuming is ours: never reuse Train's own state
-            **_train_storage(config),
+            **_train_storage(storage),
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures,
                 controller_failure_limit=cluster.max_failures,  # for ever, by default
@@ -107,6 +120,9 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     )
     try:
         returned = trainer.fit().return_value
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
     except ControllerError as error:
         raise ClusterError(
             f"The learner group could not start: {learners.min} workers, each with "
@@ -121,8 +137,26 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
             f"{_root(error)}. The last checkpoint is whole; start the same command again to "
             "resume. If a worker ran out of memory, lower micro_rows or rl.micro_prompts."
         ) from error
+    finally:
+        remove(storage)
+        remove(meeting)
     if fault := returned.get("fault"):
         raise AquarlError(fault)
+
+
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to us: Train's handler ends the process with status 1, and stays for good."""
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """Give back what the group holds, also in a cluster that goes on."""
+        if self._controller is not None:
+            with suppress(RayError):  # it ends itself, which Ray calls an error
+                ray.get(self._controller.abort.remote(), timeout=ABORT_S)
 
 
 class _Loop:
@@ -149,15 +183,43 @@ class _Loop:
         return {}
 
 
-def _train_storage(config: Config) -> dict[str, Any]:
-    """Return where Ray Train keeps its own notes: beside the run where that is a bucket.
+def _train_storage(folder: str) -> dict[str, Any]:
+    """Return what has Ray Train keep its notes there, by fsspec where that is a bucket.
 
-    By fsspec there too: pyarrow's own clients, Ray's choice, know other settings and credentials.
+    pyarrow's own clients, Ray's choice, know other settings and credentials.
     """
-    if "://" not in config.run.dir:
-        return {"storage_path": os.path.join(tempfile.gettempdir(), "aquarl_ray_train")}
-    fs, path = fsspec.url_to_fs(f"{config.run.dir}/ray_train")
+    if "://" not in folder:
+        return {"storage_path": folder}
+    fs, path = fsspec.url_to_fs(folder)
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+
+
+class _OneMachine(TorchConfig):
+    """Learners of one machine meet in a file: torch's TCP store listens on every interface."""
+
+    def __init__(self, backend: str, folder: str) -> None:
+        super().__init__(backend)
+        self.folder = folder
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _MeetInFile
+
+
+class _MeetInFile(Backend):
+    share_cuda_visible_devices = True  # as Train's own, for NCCL
+
+    def on_start(self, worker_group: Any, backend_config: _OneMachine) -> None:
+        """Join the workers, each time the group starts. One alone needs no group."""
+        if (world := len(worker_group)) == 1:
+            return
+        backend = backend_config.backend
+        meeting = f"file://{backend_config.folder}/{time.time_ns()}"
+
+        def join(place: int) -> None:
+            dist.init_process_group(backend, meeting, rank=place, world_size=world)
+
+        ray.get([worker_group.execute_single_async(i, join, i) for i in range(world)])
 
 
 def _root(error: BaseException) -> str:

@@ -44,8 +44,8 @@ class RolloutWorker:
     def __repr__(self) -> str:
         return f"RolloutWorker({self._name})"  # Ray asks once, when it is made
 
-    def run(self) -> Iterator[RolloutGroup]:
-        """Yield one finished group at a time until the stream says stop."""
+    def run(self) -> Iterator[list[RolloutGroup]]:
+        """Yield the finished groups of one lease at a time until the stream says stop."""
         while True:
             offer = self._wait_for(self._stream.lease.remote(self._name, self._have), "a lease")
             if offer.is_over:
@@ -65,7 +65,7 @@ class RolloutWorker:
             version = self._sampler.version
             with stacks_after(self._config.rl.lease_timeout_s):
                 rollouts = self._sampler.sample(lease.prompts, lease.seeds, lease.sampling)
-            groups = scored_groups(
+            yield scored_groups(
                 lease,
                 rollouts,
                 self._tokenizer,
@@ -76,8 +76,6 @@ class RolloutWorker:
                 fetch_s=fetch_s,
                 sampled_from=sampled_from,
             )
-            for group in groups:  # noqa: UP028 (Ray drives it by send(), which a list has not)
-                yield group
 
     def _let_weights_change(self, lease: Lease) -> None:
         """Have the sampler look for newer weights between the tokens of a lease of the training.

@@ -288,9 +288,13 @@ class RayStream:
 
     def next_step(self, step: int, rank: int, world: int) -> StepShare:
         share: StepShare = self._call(self._actor.next_step, step, rank, world)
-        if rank == 0:  # now, for no rank can ask for the next step, which forgets this one
-            seen = self._call(self._actor.step_groups, step)
-            self.groups_of_step, self.set_aside_of_step = seen
+        self.groups_of_step, self.set_aside_of_step = list(share.groups), []
+        seen = share.metrics
+        is_all = len(share.groups) == seen["reward/groups"] and not seen["reward/groups_set_aside"]
+        if rank == 0 and not is_all:
+            # Now, for no rank can ask for the next step, which forgets this one.
+            whole = self._call(self._actor.step_groups, step)
+            self.groups_of_step, self.set_aside_of_step = whole
         return share
 
     def evaluate(

@@ -66,7 +66,8 @@ class StreamActor:
         self._begun: RolloutStream | None = None
         self._refused: dict[str, int] = {}
         self._rewinds = 0
-        self._changed = asyncio.Condition()
+        self._changed, self._work = asyncio.Condition(), asyncio.Condition()
+        """For who waits for groups, and for workers that wait for a lease."""
         self._weights: Any = None
         self._identity: WeightsIdentity | None = None
         self._workers: dict[str, ActorHandle] = {}
@@ -175,22 +176,24 @@ class StreamActor:
     async def _consume(self, name: str, worker: ActorHandle) -> None:
         """Take one worker's groups until it leaves; replace it if it died."""
         try:
-            groups = worker.run.options(
-                num_returns="streaming", _generator_backpressure_num_objects=8
+            leases = worker.run.options(
+                num_returns="streaming", _generator_backpressure_num_objects=2
             ).remote()
-            async for group in groups:
-                await self._accept(await group)
+            async for groups in leases:
+                await self._accept(await groups)
         except RayError as error:
             await self._bury(name, error)
         else:
             self._workers.pop(name, None)
             await self._notify()
 
-    async def _accept(self, group: RolloutGroup) -> None:
-        if self._stream.submit(group):
-            self._deaths_in_a_row = 0
-            self._metrics.accepted(group, self._stream.version)
-        await self._notify()
+    async def _accept(self, groups: Sequence[RolloutGroup]) -> None:
+        for group in groups:
+            if self._stream.submit(group):
+                self._deaths_in_a_row = 0
+                self._metrics.accepted(group, self._stream.version)
+        # Groups make work for others only by refilling; waking hundreds for nothing costs much.
+        await self._notify(workers=self._config.rl.refill_uniform_groups)
 
     async def _bury(self, name: str, error: RayError) -> None:
         """Free a dead worker's lease and hire another, unless too many died already."""
@@ -237,7 +240,7 @@ class StreamActor:
             if (lease := self._stream.lease(worker, time.monotonic())) is not None:
                 is_new = self._identity != have
                 return Offer(lease, self._weights if is_new else None, self._identity)
-            await self._wait(deadline)
+            await self._wait(deadline, self._work)
         return Offer()
 
     async def newer(self, have: WeightsIdentity | None) -> Offer:
@@ -357,18 +360,20 @@ class StreamActor:
             "takes so long, or lower rl.prompts_per_lease or rl.max_new_tokens."
         )
 
-    async def _wait(self, deadline: float) -> None:
+    async def _wait(self, deadline: float, change: asyncio.Condition | None = None) -> None:
         """Sleep until something changes, for a second at most."""
+        change = change or self._changed
         timeout = min(TICK_S, max(0.0, deadline - time.monotonic()))
-        async with self._changed:
+        async with change:
             try:
-                await asyncio.wait_for(self._changed.wait(), timeout)
+                await asyncio.wait_for(change.wait(), timeout)
             except TimeoutError:
                 return
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    async def _notify(self, workers: bool = True) -> None:
+        for change in (self._changed, self._work) if workers else (self._changed,):
+            async with change:
+                change.notify_all()
 
     async def _watch_the_clock(self) -> None:
         while not self._is_over:

@@ -265,10 +265,11 @@ class RolloutStream:
     ) -> int:
         lease = Lease(self._ids, step, prompts, seeds, sampling, self.version, purpose)
         deaths = self._bad.get(_signature(lease))
-        lease = replace(lease, deaths=deaths or 0)
-        entry = {lease.id: _Open(lease, is_set_aside=deaths is not None)}
-        # Evaluations go first: the learner waits for them.
-        self._open = self._open | entry if purpose == "train" else entry | self._open
+        entry = _Open(replace(lease, deaths=deaths or 0), is_set_aside=deaths is not None)
+        if purpose == "train":
+            self._open[lease.id] = entry
+        else:  # evaluations go first: the learner waits for them
+            self._open = {lease.id: entry} | self._open
         self._ids += 1
         return lease.id
 

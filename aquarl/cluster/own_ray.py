@@ -1,0 +1,76 @@
+"""A Ray of one command alone: it listens on loopback and leaves nothing behind when it ends.
+
+`launch.connected` starts Ray inside of `alone()`; a cluster that somebody else started is theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ray._common.utils import get_default_system_temp_dir
+from ray._private import ray_constants
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Keep to this machine, and to folders that are removed, what Ray starts within the block.
+
+    By default Ray listens on every interface, though with a token. The switch by which it stays on
+    loopback (meant for laptops with firewalls) is read on importing it, too early for us.
+
+    After an error Ray's logs stay, in its `session_..._PID/logs`.
+    """
+    sessions = Path(get_default_system_temp_dir()) / "ray"
+    mine = f"session_*_{os.getpid()}"
+    older = set(sessions.glob(mine))
+    folder = tempfile.mkdtemp(prefix="aquarl_")
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    settings = {
+        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+        "RAY_TMPDIR": str(sessions.parent),  # where it is anyway: `aquarl status` looks there
+        "TMPDIR": folder,  # of Ray's processes; some leave sockets and encoded text behind
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    could_cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ |= settings
+    keeps: set[str] = set()
+    try:
+        yield
+    except Exception:
+        keeps.add("logs")
+        raise
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = could_cluster
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        shutil.rmtree(folder, ignore_errors=True)
+        for session in set(sessions.glob(mine)) - older:
+            _clear(session, keeps)
+
+
+def _clear(folder: Path, keeps: set[str]) -> None:
+    """Remove a session's folder but for what is to be kept, and a link that led to it."""
+    for entry in folder.iterdir():
+        if entry.name in keeps:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+    if not keeps:
+        shutil.rmtree(folder, ignore_errors=True)
+    latest = folder.parent / "session_latest"
+    if latest.is_symlink() and not latest.exists():
+        with suppress(OSError):  # another Ray may have made it its own meanwhile
+            latest.unlink()

@@ -1,0 +1,265 @@
+"""A command with a Ray of its own: nobody hears it, no secret stays, and it leaves nothing behind.
+
+Each command runs with a folder of its own for temporary files, so all it leaves is found.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray  # brings psutil along
+from psutil import CONN_LISTEN, Error, Process, process_iter
+
+from aquarl.cli import main
+from aquarl.model.checkpoint import latest_checkpoint
+from tests.conftest import eventually
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent
+
+SECRETS = {
+    "WANDB_API_KEY": "5ec4e7" + "0" * 33 + "1",
+    "HF_TOKEN": "hf_5ec4e7abcdefghijklmnopqrstuvwx",
+    "AWS_SECRET_ACCESS_KEY": "5ec4e7/AbCdEfGhIjKlMnOpQrStUvWxYz012345",
+    "GOOGLE_APPLICATION_CREDENTIALS_JSON": '{"private_key": "5ec4e7-google"}',
+    "RAY_AUTH_TOKEN": "5ec4e7abcdef0123" * 4,
+}
+MARK = b"5ec4e7"
+"""Stands in every secret and nowhere else."""
+
+
+@dataclass
+class Watched:
+    """A finished command, and what was seen of it and its children while it ran."""
+
+    run: Path
+    temporary: Path
+    status: int = 0
+    said: bytes = b""
+    listening: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(process, address) to port."""
+    told: set[str] = field(default_factory=set)
+    """Log files of Ray with a secret in them."""
+
+
+def watched(run: Path, *argv: str, until: Any = None) -> Watched:
+    """Run a command with secrets in its environment; interrupt it when `until` comes true."""
+    temporary = Path(tempfile.mkdtemp(prefix="aq", dir="/tmp"))  # short: it holds sockets
+    seen = Watched(run, temporary)
+    environment = {**os.environ, **SECRETS, "TMPDIR": str(temporary), "WANDB_MODE": "offline"}
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        environment.pop(name, None)
+    command = subprocess.Popen(
+        [sys.executable, "-m", "aquarl.cli", *argv, f"run.dir={run}"],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert command.stdout is not None
+    reader = threading.Thread(target=lambda: seen.__setattr__("said", command.stdout.read()))
+    reader.start()
+    is_asked = False
+    while command.poll() is None:
+        look_at(command.pid, seen)
+        if until is not None and not is_asked and until():
+            is_asked = True
+            command.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            command.wait(0.2)
+    reader.join()
+    seen.status = command.returncode
+    return seen
+
+
+def look_at(pid: int, seen: Watched) -> None:
+    """Write down who listens where, and which logs hold a secret."""
+    with suppress(Error):
+        parent = Process(pid)
+        for process in (parent, *parent.children(recursive=True)):
+            with suppress(Error):  # it may end while we look
+                for socket in process.net_connections("inet"):
+                    if socket.status == CONN_LISTEN:
+                        seen.listening[process.name(), socket.laddr.ip] = socket.laddr.port
+    seen.told |= holding_a_secret(seen.temporary)
+
+
+def holding_a_secret(folder: Path) -> set[str]:
+    found = set()
+    for file in folder.rglob("*"):
+        with suppress(OSError):
+            if file.is_file() and MARK in file.read_bytes():
+                found.add(str(file))
+    return found
+
+
+def processes_of(temporary: Path) -> list[str]:
+    """Return the processes that were started with this folder for their temporary files."""
+    found = []
+    for process in process_iter():
+        with suppress(Error):
+            if str(temporary) in "\n".join(process.environ().values()):
+                found.append(f"{process.pid} {process.name()}")
+    return found
+
+
+def left_in(temporary: Path) -> list[str]:
+    """Return the files left, but for one that Ray keeps for Prometheus and overwrites."""
+    files = (str(f.relative_to(temporary)) for f in temporary.rglob("*") if not f.is_dir())
+    return [f for f in files if f != "ray/prom_metrics_service_discovery.json"]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    finished_run: Path, tiny: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
+    """RL with two learners, evaluation and report, from a finished SFT stage."""
+    run = tmp_path_factory.mktemp("own") / "run"
+    for part in ("tokenizer", "results", "checkpoints"):
+        shutil.copytree(finished_run / part, run / part)
+    (run / "results/rl.json").unlink()
+    shutil.rmtree(run / "checkpoints/rl")
+    before = shared_memory()
+    seen = watched(run, "pipeline", "--config", tiny, "cluster.learners=2")
+    assert seen.status == 0, seen.said.decode()
+    eventually(lambda: not shared_memory() - before, 20)
+    yield seen
+    shutil.rmtree(seen.temporary)
+
+
+def shared_memory() -> set[str]:
+    folder = Path("/dev/shm")
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+
+
+def test_nothing_listens_beyond_loopback(finished: Watched) -> None:
+    who = {process for process, _ in finished.listening}
+    for part in ("raylet", "gcs_server", "StreamActor", "RolloutWorker", "RayTrainWorker"):
+        assert any(part in name for name in who), (part, who)
+    heard = {
+        (process, address) for process, address in finished.listening if not is_loopback(address)
+    }
+    assert not heard
+
+
+def is_loopback(address: str) -> bool:
+    ip = ipaddress.ip_address(address)
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def test_no_secret_is_said_or_written(finished: Watched) -> None:
+    assert (finished.run / "report.md").is_file() and list((finished.run / "wandb").iterdir())
+    assert MARK not in finished.said
+    assert not holding_a_secret(finished.run)
+    assert not finished.told, "Ray's logs hold a secret"
+
+
+def test_a_finished_command_leaves_its_run_directory_and_nothing_else(finished: Watched) -> None:
+    eventually(lambda: not processes_of(finished.temporary), 20)
+    assert not left_in(finished.temporary)
+    assert not (finished.run / "ray_train").exists()
+    assert not [f for f in finished.run.rglob("*") if f.name.endswith((".writing", ".replaced"))]
+
+
+def test_an_interrupted_command_leaves_nothing_either(after_sft: Path, tiny: str) -> None:
+    before = shared_memory()
+    seen = watched(
+        after_sft, "rl", "--config", tiny, "rl.steps=2000",
+        until=lambda: latest_checkpoint(f"{after_sft}/checkpoints/rl"),
+    )  # fmt: skip
+    assert seen.status == 130, seen.said.decode()
+    assert b"Traceback" not in seen.said
+    eventually(lambda: not processes_of(seen.temporary), 20)
+    eventually(lambda: not shared_memory() - before, 20)
+    assert not left_in(seen.temporary)
+    assert not (after_sft / "ray_train").exists()
+    shutil.rmtree(seen.temporary)
+
+
+# In a cluster that goes on, what a command took must be given back.
+
+
+def taken() -> dict[str, Any]:
+    """Return what is alive in the cluster of this test session, by kind."""
+    from ray.util.state import list_actors, list_objects, list_placement_groups
+
+    here = ray.get_runtime_context().gcs_address
+    actors = list_actors(here, limit=1000, filters=[("state", "!=", "DEAD")])
+    groups = list_placement_groups(here, limit=1000, filters=[("state", "!=", "REMOVED")])
+    return {
+        # Ray Data and Ray Train keep one helper each for a cluster's life.
+        "actors": sorted(a.class_name for a in actors if not a.class_name.startswith(KEPT)),
+        "placement groups": len(groups),
+        "objects": len(list_objects(here, limit=1000, raise_on_missing_output=False)),
+        "CPUs": ray.available_resources().get("CPU"),
+    }
+
+
+KEPT = ("_AutoscalingCoordinatorActor", "DatasetManager")
+NOTHING = {"actors": [], "placement groups": 0, "objects": 0, "CPUs": 4.0}
+
+
+@pytest.mark.parametrize("ending", ["success", "failure", "interrupt"])
+def test_a_lasting_cluster_gets_everything_back(
+    ending: str, ray_here: Any, after_sft: Path, tiny: str
+) -> None:
+    settings = {
+        "success": ["rl.steps=2"],
+        "failure": ["rl.steps=2000", "rl.wait_timeout_s=0.01"],
+        "interrupt": ["rl.steps=2000"],
+    }[ending]
+    if ending == "interrupt":
+
+        def interrupt() -> None:
+            eventually(lambda: latest_checkpoint(f"{after_sft}/checkpoints/rl"))
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
+    status = main(["rl", "--config", tiny, f"run.dir={after_sft}", *settings])
+    assert status == {"success": 0, "failure": 2, "interrupt": 130}[ending]
+    left: dict[str, Any] = {}
+
+    def is_given_back() -> bool:
+        left.update(taken())
+        return left == NOTHING
+
+    try:
+        eventually(is_given_back, 20)
+    except AssertionError:
+        raise AssertionError(left) from None
+
+
+# What is said of secrets without any Ray.
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("rl", "run.dir=s3://AKIA5EC4E7:5ec4e7/a@bucket/run"),
+        ("rl", "data.root=https://host/file?X-Amz-Signature=5ec4e7"),
+        ("publish", "https://user:5ec4e7@host/run"),
+        ("rl", "track.wandb=" + SECRETS["WANDB_API_KEY"]),
+        ("rl", "track.api_key=" + SECRETS["WANDB_API_KEY"]),
+    ],
+)
+def test_a_secret_among_the_settings_is_refused_and_not_repeated(
+    argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*argv, "--dry-run"]) == 2
+    said = capsys.readouterr()
+    assert not re.search("5ec4e7", said.out + said.err, re.IGNORECASE)
+
+
+def test_a_url_without_a_password_is_none_of_these(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rl", "data.root=hf://datasets/user/set@main/folder", "--dry-run"]) == 0
