@@ -79,7 +79,8 @@ def report(config: Config, args: Arguments) -> None:
 
 def pipeline(config: Config, args: Arguments) -> None:
     """all stages in order, skipping those whose result stands, then evaluate and report"""
-    from aquarl.cluster.launch import check_engine, connected, run_stages
+    from aquarl.cluster.connection import connected
+    from aquarl.cluster.launch import check_engine, run_stages
     from aquarl.cluster.results import STAGES
 
     check_engine(config)

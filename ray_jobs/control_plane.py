@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from psutil import Process  # comes with ray
+from psutil import Process
 
 from aquarl.cluster.own_ray import alone
 from aquarl.cluster.results import tokenizer_folder
@@ -56,7 +56,10 @@ class Player:
         ids = tuple(self._rng.randrange(300, 65536) for _ in range(LENGTH))
         logprobs = tuple(-self._rng.random() for _ in range(LENGTH))
         text = "".join(self._rng.choice("abcdefghij ") for _ in range(3 * LENGTH))
-        return Rollout(ids, logprobs, True, text, "A", float(self._rng.random() < 0.5), True)
+        reward = float(self._rng.random() < 0.5)
+        return Rollout(
+            ids, logprobs, stopped=True, text=text, letter="A", reward=reward, formatted=True
+        )
 
     async def run(self, name: str) -> AsyncIterator[list[Group]]:
         await asyncio.sleep(self._rng.random() * self._lease_s)  # they do not start as one
@@ -101,8 +104,8 @@ class PlayedStream(StreamActor):
         name = f"rollout-{self._hired}"
         worker = _Played(self._players[self._hired % PLAYERS], name)
         self._hired += 1
-        self._workers[name] = worker  # type: ignore[assignment]
-        self._spawn(self._consume(name, worker))  # type: ignore[arg-type]
+        self._workers[name] = worker
+        self._spawn(self._consume(name, worker))
 
     async def _accept(self, groups: Sequence[Group]) -> None:
         self.submit_ms.append(1000 * (time.time() - groups[0].sample_s))

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 import ray
 
-from aquarl.cluster.launch import connected, run_stages
+from aquarl.cluster.connection import connected
+from aquarl.cluster.launch import run_stages
 from aquarl.cluster.results import finished_policy
 from aquarl.config import Config, load_config, own_settings
 from aquarl.data.tokenizer import Tokenizer

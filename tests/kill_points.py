@@ -1,8 +1,9 @@
 """Parts of a run that kill their own process at chosen points: what `tests/test_chaos.py` hires.
 
-The run is the real one; it is only given these classes in place of its own. A point is armed by a
-file in the run directory, which the process removes right before it dies of SIGKILL, so that each
-death happens once. Whoever takes up a lease with a problem named in `poison` dies every time.
+The run is the real one; it is only given these classes in place of its own. Files in the run
+directory say what happens: one in `armed/` is a point at which a process dies of SIGKILL, after
+removing that file, so that each death happens once; whoever takes up a lease with a problem named
+in `poison` dies every time; with a file `broken` no worker can start.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def arm(run: Path, *points: str) -> None:
 
 def armed(run: str | Path) -> list[str]:
     """Return the points at which nobody has died yet."""
-    return sorted(path.name for path in Path(run, "armed").iterdir())
+    return sorted(path.name for path in Path(run, "armed").glob("*"))
 
 
 def die_once(run_dir: str, point: str) -> None:
@@ -59,10 +60,14 @@ def employ(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class MortalWorker(RolloutWorker):
-    def __init__(self, name: str, config: Config, *rest: Any) -> None:
-        if (broken := Path(config.run.dir, "broken")).is_file():
-            raise RuntimeError(broken.read_text())
-        super().__init__(name, config, *rest)
+    def __init__(
+        self, name: str, config: Config, words: Any, make_sampler: Any, stream: Any
+    ) -> None:
+        def broken() -> Any:
+            raise RuntimeError(Path(config.run.dir, "broken").read_text())
+
+        is_broken = Path(config.run.dir, "broken").is_file()
+        super().__init__(name, config, words, broken if is_broken else make_sampler, stream)
         self._run_dir, sample = config.run.dir, self._sampler.sample
         poison = Path(config.run.dir, "poison")
         self._poison = poison.read_text().split() if poison.is_file() else []

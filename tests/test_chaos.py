@@ -62,7 +62,7 @@ def test_a_lease_that_kills_its_workers_is_set_aside_and_the_run_goes_on(
     curve = {row["step"]: row for row in rows(after_sft / "metrics.jsonl") if "loss/policy" in row}
     assert [curve[step]["reward/groups_set_aside"] for step in range(3)] == [0, 4, 0]
     assert [curve[step]["reward/groups"] for step in range(3)] == [8, 4, 8]
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "2 rollout workers died over lease" in said and lease[2] in said
     assert json.loads((after_sft / "results/rl.json").read_text())["stream"]["set_aside"] == 1
 

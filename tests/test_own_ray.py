@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray  # brings psutil along
+import ray
 from psutil import CONN_LISTEN, Error, Process, process_iter
 
 from aquarl.cli import main
@@ -67,8 +67,9 @@ def watched(run: Path, *argv: str, until: Any = None) -> Watched:
         [sys.executable, "-m", "aquarl.cli", *argv, f"run.dir={run}"],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    assert command.stdout is not None
-    reader = threading.Thread(target=lambda: seen.__setattr__("said", command.stdout.read()))
+    output = command.stdout
+    assert output is not None
+    reader = threading.Thread(target=lambda: seen.__setattr__("said", output.read()))
     reader.start()
     is_asked = False
     while command.poll() is None:

@@ -30,7 +30,8 @@ from ray.util.state.exception import RayStateApiException
 from rich.console import Console
 from rich.table import Table
 
-from aquarl.cluster.launch import cluster_address, connected, namespace, run_stages
+from aquarl.cluster.connection import cluster_address, connected, namespace
+from aquarl.cluster.launch import run_stages
 from aquarl.cluster.results import STAGES, put_json, stands
 from aquarl.config import Config, build_config
 from aquarl.errors import ClusterError, ConfigError
@@ -210,14 +211,17 @@ class Monkey(threading.Thread):
         at_work = status["workers" if wants_worker else "leases"] if status else []
         if status is None or not at_work or not alive[KINDS[kind]]:
             return False
-        fault = Fault(kind, at_s=time.monotonic() - self._began, amid_others=is_other_down)
+        try:
+            if kind == "stream, ray.kill":
+                ray.kill(ray.get_actor("stream", namespace(self._config)), no_restart=False)
+            else:
+                os.kill(self._rng.choice(alive[KINDS[kind]]).pid, signal.SIGKILL)
+        except (ProcessLookupError, ValueError):  # it went by itself: the run is over
+            return False
+        killed_at = time.monotonic()
+        fault = Fault(kind, at_s=killed_at - self._began, amid_others=is_other_down)
         for worker in down if not wants_worker else ():
             worker.amid_others = True
-        if kind == "stream, ray.kill":
-            ray.kill(ray.get_actor("stream", namespace(self._config)), no_restart=False)
-        else:
-            os.kill(self._rng.choice(alive[KINDS[kind]]).pid, signal.SIGKILL)
-        killed_at = time.monotonic()
         self._streams_killed += KINDS[kind] == STREAM
         self.faults.append(fault)
         if wants_worker:

@@ -13,8 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError
 
+from aquarl.cluster.connection import cluster_address, namespace, require_answer
 from aquarl.cluster.errors import first_line, plain_errors
-from aquarl.cluster.launch import cluster_address, namespace, require_answer
 from aquarl.config import Config, to_toml
 from aquarl.errors import ClusterError, ConfigError
 

@@ -26,7 +26,7 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import nn
 
-from aquarl.cluster.launch import cluster_address
+from aquarl.cluster.connection import cluster_address
 from aquarl.config import Config, build_config
 from aquarl.errors import AquarlError, ClusterError
 from aquarl.model.modes import keep_memory

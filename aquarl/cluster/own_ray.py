@@ -1,6 +1,7 @@
 """A Ray of one command alone: it listens on loopback and leaves nothing behind when it ends.
 
-`launch.connected` starts Ray inside of `alone()`; a cluster that somebody else started is theirs.
+`connection.connected` starts Ray inside of `alone()`; a cluster that somebody else started is
+theirs.
 """
 
 from __future__ import annotations

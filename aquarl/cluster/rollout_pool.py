@@ -23,6 +23,9 @@ from aquarl.model.modes import keep_memory
 from aquarl.records import Lease, RolloutGroup, Sampler, Weights
 from aquarl.rl.rewards import scored_groups
 
+LEASE_WAIT_S = 5.0
+"""How long a worker's question stays open before the stream tells it to ask again."""
+
 
 class RolloutWorker:
     """One model copy on its own resources: leases prompts, yields scored groups. No algorithm."""
@@ -102,7 +105,7 @@ class RolloutWorker:
     def _wait_for(self, ref: Any, what: str) -> Any:
         return wait_for(
             ref,
-            self._config.rl.wait_timeout_s,
+            LEASE_WAIT_S + self._config.rl.wait_timeout_s,
             what=f"the stream to answer {self._name} with {what}",
             advice="Start the same command again to resume.",
             run_dir=self._config.run.dir,

@@ -23,7 +23,7 @@ from aquarl.cluster.errors import last_line, users_mistake
 from aquarl.cluster.kinds import for_kind, kinds_of, next_kind
 from aquarl.cluster.ray_metrics import StreamMetrics
 from aquarl.cluster.results import tokenizer_folder
-from aquarl.cluster.rollout_pool import hire, sampler_maker
+from aquarl.cluster.rollout_pool import LEASE_WAIT_S, hire, sampler_maker
 from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
@@ -35,8 +35,6 @@ from aquarl.rl.prompts import PromptSource
 from aquarl.rl.stream import RolloutStream, what_is_set_aside
 from aquarl.tasks.catalog import load_problems
 
-LEASE_WAIT_S = 5.0
-"""How long a worker's question stays open before it is told to ask again."""
 TICK_S = 1.0
 
 logger = logging.getLogger(__name__)
