@@ -15,7 +15,7 @@ from aquarl.config import RLConfig
 from aquarl.engines.torch_engine import TorchSampler
 from aquarl.model.flat_weights import load_flat
 from aquarl.model.gpt import GPT
-from aquarl.records import Prompt, RolloutGroup, Sampling
+from aquarl.records import Prompt, RolloutGroup, Sampling, TrainBatch
 from aquarl.rl.batch import build_batch
 from aquarl.rl.learner import Learner, Scorer
 from tests.fakes import make_group, random_ids, random_model
@@ -189,6 +189,41 @@ def test_the_mean_of_the_ranks_gradients_is_the_gradient_of_the_step(loss: str) 
     for name, gradient in whole.items():
         mean = torch.stack([rank[name] for rank in ranks]).mean(dim=0)
         torch.testing.assert_close(mean, gradient, rtol=1e-3, atol=1e-5 * gradient.norm())
+
+
+def count_rows(learner: Learner) -> list[int]:
+    """Return a list that will hold the rows of each backward pass."""
+    rows: list[int] = []
+    backward = learner._backward
+
+    def counted(batch: TrainBatch, sums: dict[str, float]) -> None:
+        rows.append(len(batch.advantages_B))
+        backward(batch, sums)
+
+    learner._backward = counted  # type: ignore[method-assign]
+    return rows
+
+
+def test_groups_that_teach_nothing_cost_no_gradient_and_are_counted_as_ever() -> None:
+    """The same step whether they are gone back through, as KL of weight next to 0 makes it, or
+    not."""
+    groups = [
+        replace(group, advantages=(0.0,) * G) if p % 2 else group
+        for p, group in enumerate(sampled_groups(policy()))
+    ]
+    metrics, norms, rows = [], [], []
+    for kl_weight in (0.0, 1e-30):
+        learner = Learner(policy(), RLConfig(kl_weight=kl_weight), reference=policy())
+        gone_back = count_rows(learner)
+        found = learner.update(groups, *counts(groups))
+        norms.append(found.pop("learner/grad_norm"))
+        metrics.append(
+            {k: v for k, v in found.items() if k not in ("policy/kl_from_sft", "time/learn_s")}
+        )
+        rows.append(sum(gone_back))
+    assert rows == [3 * G, 6 * G]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-7)
 
 
 def test_a_step_without_advantages_changes_nothing_but_the_step() -> None:

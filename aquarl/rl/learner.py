@@ -2,7 +2,8 @@
 
 Each prompt is computed once, forward and backward, and shared by its G answers; the head runs
 only on positions whose next token was sampled. Temperature and soft-cap are the sampler's, so
-both mean the same distribution.
+both mean the same distribution. Groups whose rewards are all equal have no gradient: they are
+scored for the record, and not gone back through.
 
 Shapes: P prompts, G rollouts per prompt, B = P * G rows, T positions, N sampled tokens.
 """
@@ -73,7 +74,8 @@ class Learner:
         assert reference is not None or not config.kl_weight
         self.model, self.config, self.rank, self.world = model, config, rank, world
         self.device = next(model.parameters()).device
-        self.scorer, self._total = parallel(Scorer(model, config.temperature)), total
+        self.alone = Scorer(model, config.temperature)
+        self.scorer, self._total = parallel(self.alone), total
         self.reference = Scorer(reference, config.temperature) if reference else None
         self.optimizer = Optimizer(model, config)
         self.step = 0
@@ -93,12 +95,22 @@ class Learner:
             return {}
         started = time.perf_counter()
         sums: dict[str, float] = defaultdict(float)
-        batches = list(
-            microbatches(groups, self.config.micro_prompts, tokens_in_step, rollouts_in_step)
+        steep, flat = self._by_gradient(groups)
+        steep_batches, flat_batches = (
+            [
+                on_device(batch, self.device)
+                for batch in microbatches(
+                    part, self.config.micro_prompts, tokens_in_step, rollouts_in_step
+                )
+            ]
+            for part in (steep, flat)
         )
-        for i, batch in enumerate(batches):
-            with accumulating(self.scorer, sync=i == len(batches) - 1):
-                self._backward(on_device(batch, self.device), sums)
+        for i, batch in enumerate(steep_batches):
+            with accumulating(self.scorer, sync=i == len(steep_batches) - 1):
+                self._backward(batch, sums)
+        with torch.no_grad():
+            for batch in flat_batches:
+                self._loss(self.alone, batch, sums)
         grad_norm = clip_gradients(self.model, self.config.clip_norm)
         lr = lr_at(self.step, self.config.steps, self.config)
         self.optimizer.step(lr, self.step)
@@ -124,9 +136,25 @@ class Learner:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
 
+    def _by_gradient(
+        self, groups: Sequence[RolloutGroup]
+    ) -> tuple[Sequence[RolloutGroup], Sequence[RolloutGroup]]:
+        """Part those that teach from those whose gradient is 0, which are only looked at."""
+        if self.config.kl_weight:
+            return groups, ()
+        steep = [group for group in groups if any(group.advantages)]
+        if not steep:  # one is taken for all: every rank has to join in exchanging gradients
+            return groups[:1], groups[1:]
+        return steep, [group for group in groups if not any(group.advantages)]
+
     def _backward(self, batch: TrainBatch, sums: dict[str, float]) -> None:
+        # DDP averages over ranks, but the counts are the whole step's: multiply it back.
+        (self._loss(self.scorer, batch, sums) * self.world).backward()
+
+    def _loss(self, scorer: nn.Module, batch: TrainBatch, sums: dict[str, float]) -> Tensor:
+        """Return a microbatch's share of the step's loss, and add what to plot to the sums."""
         with autocast(self.device):
-            logprobs_BT, entropy = self.scorer(batch)
+            logprobs_BT, entropy = scorer(batch)
         loss, plots = policy_loss(logprobs_BT, batch, self.config)
         plots = plots | {"policy/entropy": entropy / batch.tokens_in_step}
         if self.reference and self.config.kl_weight:
@@ -136,10 +164,9 @@ class Learner:
             loss = loss + self.config.kl_weight * penalty
             plots["policy/kl_from_sft"] = penalty.detach()
         plots["loss/policy"] = loss.detach()
-        # DDP averages over ranks, but the counts are the whole step's: multiply it back.
-        (loss * self.world).backward()
         for name, value in plots.items():
             sums[name] += float(value)
+        return loss
 
 
 def on_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
