@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Before Ray or torch are imported; workers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that starts this in the background has it ignore Ctrl-C, and so would what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = """
 [data]
