@@ -146,20 +146,27 @@ def doctor(config: Config, args: Arguments) -> None:
 
 def bench(config: Config, args: Arguments) -> None:
     """speed of one piece of the work on this machine, and its distance from the limit"""
-    from aquarl.bench.lines import as_text
-    from aquarl.bench.lines import bench as measured
+    from aquarl.bench import lines
     from aquarl.bench.work import Work
 
-    chosen = {name: getattr(args, name) for name in Work.__dataclass_fields__}
-    lines = measured(
-        args.kind,
-        Work(**chosen),
-        engines=args.engine,
-        repeats=args.repeats,
-        threads=args.threads,
-        device=args.device,
-    )
-    for line in lines:
+    work = Work(**{name: getattr(args, name) for name in Work.__dataclass_fields__})
+    if args.kind in lines.PIECES:
+        measured = lines.bench(
+            args.kind,
+            work,
+            engines=args.engine,
+            repeats=args.repeats,
+            threads=args.threads,
+            device=args.device,
+        )
+        as_text = lines.as_text
+    else:
+        from aquarl.cluster.bench_ray import as_text, bench_ray
+
+        measured = bench_ray(
+            args.kind, work, workers=args.workers, repeats=args.repeats, threads=args.threads
+        )
+    for line in measured:
         print(json.dumps(line) if args.json else as_text(line))
 
 
@@ -227,10 +234,11 @@ COMMANDS: dict[str, Command] = {
         submit, scale, status, chat, export, publish, import_nanochat, doctor,
     )
 }  # fmt: skip
+BENCHES = ("rollouts", "learner", "step", "sft", "sync", "ray", "workers")
 EXTRA_ARGUMENTS: dict[str, tuple[tuple[str, dict[str, object]], ...]] = {
     "grade": (("file", {"help": "JSON lines"}),),
     "bench": (
-        ("kind", {"choices": ("rollouts", "learner", "step", "sft"), "metavar": "WHAT"}),
+        ("kind", {"choices": BENCHES, "metavar": "WHAT", "help": ", ".join(BENCHES)}),
         ("--size", {"default": "d2", "help": "d2, d4, d8 or LAYERS,WIDTH,HEADS,VOCABULARY"}),
         ("--engine", {"nargs": "+", "choices": ("torch", "vllm"), "default": ["torch"]}),
         ("--prompts", {"type": _count, "default": 16}),
@@ -240,6 +248,7 @@ EXTRA_ARGUMENTS: dict[str, tuple[tuple[str, dict[str, object]], ...]] = {
         ("--context", {"type": _count, "default": 256, "help": "tokens of such a row"}),
         ("--problems", {"metavar": "FILE", "help": "as data.task; generated ones without it"}),
         ("--threads", {"type": _count, "default": 1}),
+        ("--workers", {"type": _count, "default": 2, "help": "of sync, ray and workers"}),
         ("--device", {"choices": ("cpu", "cuda"), "default": "cpu"}),
         ("--repeats", {"type": _count, "default": 5, "help": "after one that does not count"}),
         ("--seed", {"type": int, "default": 0}),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOUNS = ("errors", "records", "config", "storage")
 PARTS = ("observe", "data", "tasks", "model", "evaluate")
 STAGES = ("train", "rl", "engines", "serve")
-ORDER = (*NOUNS, *PARTS, *STAGES, "cluster", "bench", "cli", "ray_jobs")
+ORDER = (*NOUNS, *PARTS, *STAGES, "bench", "cluster", "cli", "ray_jobs")
 
 # Packages that few may import. At module level they would be loaded by whoever imports the module.
 RAY = ("cluster", "ray_jobs")

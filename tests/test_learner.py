@@ -108,8 +108,8 @@ def test_learner_and_sampler_mean_the_same_distribution(temperature: float) -> N
 
 def test_a_sampler_in_bf16_stays_near_the_learner() -> None:
     """As on a GPU: the mismatch is rounding, under 0.01 nats a token (k3)."""
-    learner, sampler = Learner(policy(), RLConfig()), TorchSampler(policy(seed=7), STOP)
-    sampler.model = sampler.model.bfloat16()
+    learner = Learner(policy(), RLConfig())
+    sampler = TorchSampler(policy(seed=7), STOP, dtype=torch.bfloat16)
     sampler.load_weights(learner.weights())
     groups = sampled_groups(learner.model, P=8, sampler=sampler)
     metrics = learner.update(groups, *counts(groups))

@@ -74,7 +74,7 @@ def _run(config: Config, stages: tuple[str, ...], since: float) -> None:
             task = ray.remote(num_cpus=1)(tokenizer_stage).options(name="tokenizer")
             words = task.remote(config, relay, since)
         if learned := tuple(stage for stage in stages if stage != "tokenizer"):
-            with _stream(config, wanted="rl" in learned) as stream:
+            with hired_stream(config, wanted="rl" in learned) as stream:
                 _learn(config, learned, relay, stream, words, since)
         elif words is not None:
             _tokenizer_done(config, words)
@@ -143,7 +143,7 @@ def tokenizer_texts(config: Config) -> Iterator[str]:
 
 
 @contextmanager
-def _stream(config: Config, *, wanted: bool) -> Iterator[Any]:
+def hired_stream(config: Config, *, wanted: bool) -> Iterator[Any]:
     """Hire the stream, if it is wanted, and send it and its workers home at the end."""
     if not wanted:
         yield None

@@ -1,8 +1,8 @@
 """Prompts in, rollouts out, with plain torch on any device: the engine that runs everywhere.
 
 All prompts of a call are one batch. Each is computed once and its keys and values are shared by
-its G answers; the answers' cache is allocated once; finished rows are dropped from the batch.
-Every row has a generator of its own, so what is drawn does not depend on its neighbours.
+its G answers; `decoder.py` does the rest of the model's work. Finished rows are dropped from the
+batch. Every row has a generator of its own, so what is drawn does not depend on its neighbours.
 
 Draws by inverting the distribution function: one uniform number a token.
 
@@ -16,34 +16,51 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from aquarl.engines.decoder import Decoder, Decoding
 from aquarl.errors import ConfigError
-from aquarl.model.attention import Continuation, Prefix
+from aquarl.model.attention import Prefix
 from aquarl.model.flat_weights import load_flat
-from aquarl.model.gpt import GPT
+from aquarl.model.gpt import GPT, SOFT_CAP
+from aquarl.model.head import COLDEST
 from aquarl.records import Prompt, Rollout, Sampling, Weights
+
+LOOK_EVERY = 8
+"""Tokens between two looks at which rows are finished. On a GPU each look is a wait."""
 
 COMPACT_BELOW = 0.8
 """Rows are copied together once this share of them, or less, is still needed."""
+
+PROMPTS_TOGETHER = {"cpu": 4, "cuda": 1 << 20}
+"""Prompts of like length that are padded to one length: few on a CPU, which computes padding."""
+
+TOKENS_TOGETHER = 32
+"""Where a token is drawn from: first among sums over so many, then among these."""
 
 
 class TorchSampler:
     """A `Sampler` (see `records`) that runs `GPT` itself.
 
     Args:
-        model: Taken over: moved to the device and, on a GPU, to bf16.
+        model: Taken over: moved to the device and into the precision.
         stop_id: The token that ends an answer.
+        dtype: bf16 on a GPU and fp32 elsewhere, unless it is said.
     """
 
-    def __init__(self, model: GPT, stop_id: int, device: str = "cpu") -> None:
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        self.model = model.to(device, dtype).eval().requires_grad_(False)
+    def __init__(
+        self, model: GPT, stop_id: int, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        self.model = model.to(device).in_precision(dtype).eval().requires_grad_(False)
+        self.decoder = Decoder(self.model)
         self.stop_id, self.device, self.version = stop_id, torch.device(device), -1
         self.newer_weights: Callable[[], Weights | None] = lambda: None
 
     def load_weights(self, weights: Weights) -> None:
         load_flat(self.model, weights)
+        self.decoder.refresh()
         self.version = weights.version
 
     @torch.inference_mode()
@@ -53,25 +70,25 @@ class TorchSampler:
         """See `Sampler.sample`. Raises: ConfigError, when a prompt is too long for the model."""
         P, G, T = len(prompts), len(seeds[0]), sampling.max_new_tokens
         self._check_room(prompts, T)
-        prefix, last_hidden_PD = self._prefill([prompt.ids for prompt in prompts])
-        batch = _Batch(P, G, T, self.device)
-        uniforms_BT = _uniforms(seeds, T).to(self.device)
-        answers = Continuation(prefix, G, room=T)
-        logits_BV = self.model.logits(last_hidden_PD).repeat_interleave(G, dim=0)
+        by_length = sorted(range(P), key=lambda p: len(prompts[p].ids))
+        prefixes, last_hidden_PD = self._prefill([prompts[p].ids for p in by_length])
+        uniforms_TB = _uniforms([seeds[p] for p in by_length], T).T.to(self.device)
+        answers = Decoding(self.decoder, prefixes, G, room=T)
+        batch = _Batch(P, G, T, self.stop_id, self.device)
+        squashed_BV = self.decoder.squashed(last_hidden_PD).repeat_interleave(G, dim=0)
 
         for t in range(T):
-            ids_B, logprobs_B = draw(logits_BV, uniforms_BT[batch.rows_B, t], sampling)
-            batch.record(t, ids_B, logprobs_B, ids_B == self.stop_id, self.version)
-            if t == T - 1 or batch.is_done:
+            ids_B, logprobs_B = draw(squashed_BV, uniforms_TB[t, batch.rows_B], sampling)
+            batch.record(ids_B, logprobs_B, self.version)
+            if t == T - 1 or ((is_time := t % LOOK_EVERY == 0) and batch.is_done):
                 break
-            if (kept_B := batch.compact(answers)) is not None:
+            if is_time and (kept_B := batch.compact(answers)) is not None:
                 ids_B = ids_B[kept_B]
             if (weights := self.newer_weights()) is not None:
                 self.load_weights(weights)
-            hidden_B1D = self.model(ids_B[:, None], answers, answers.positions_BT(1))
-            answers.advance(1)
-            logits_BV = self.model.logits(hidden_B1D[:, 0])
-        return batch.rollouts()
+            squashed_BV = self.decoder.squashed(answers.step(ids_B))
+        rows = dict(zip(by_length, batch.rollouts(), strict=True))
+        return [rows[p] for p in range(P)]
 
     @torch.inference_mode()
     def letter_logprobs(
@@ -82,12 +99,16 @@ class TorchSampler:
         logprobs_PV = self.model.logits(last_hidden_PD).log_softmax(dim=-1)
         return [logprobs_PV[p, list(ids)].tolist() for p, ids in enumerate(letter_ids)]
 
-    def _prefill(self, rows: Sequence[Sequence[int]]) -> tuple[Prefix, Tensor]:
+    def _prefill(self, rows: Sequence[Sequence[int]]) -> tuple[list[Prefix], Tensor]:
         """Return the computed prompts and the hidden state (P, D) after each one's last token."""
-        ids_PT, lengths_P = pad(rows, self.device)
-        prefix = Prefix(lengths_P)
-        hidden_PTD = self.model(ids_PT, prefix)
-        return prefix, hidden_PTD[torch.arange(len(rows), device=self.device), lengths_P - 1]
+        prefixes, last_hidden = [], []
+        together = PROMPTS_TOGETHER[self.device.type]
+        for start in range(0, len(rows), together):
+            ids_PT, lengths_P = pad(rows[start : start + together], self.device)
+            prefixes.append(Prefix(lengths_P))
+            hidden_PTD = self.model(ids_PT, prefixes[-1])
+            last_hidden.append(hidden_PTD[torch.arange(len(ids_PT)), lengths_P - 1])
+        return prefixes, torch.cat(last_hidden)
 
     def _check_room(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
         longest, room = max(len(p.ids) for p in prompts), self.model.cos.shape[0]
@@ -102,60 +123,68 @@ class TorchSampler:
 class _Batch:
     """Which rows are still being sampled, and what all rows have drawn so far."""
 
-    def __init__(self, P: int, G: int, T: int, device: torch.device) -> None:
-        self.G = G
+    def __init__(self, P: int, G: int, T: int, stop_id: int, device: torch.device) -> None:
+        self.G, self.stop_id = G, stop_id
+        self.shape = P, G
+        """Of the running batch: prompts, and rows of each."""
         self.rows_B = torch.arange(P * G, device=device)
         """For each row of the running batch, its place p * G + g in the whole."""
-        self.is_open_PG = torch.ones(P, G, dtype=torch.bool, device=device)
-        """Over the running batch: row not finished yet."""
-        self.ids_BT = torch.zeros(P * G, T, dtype=torch.long, device=device)
-        self.logprobs_BT = torch.zeros(P * G, T, device=device)
-        self.lengths_B = torch.full((P * G,), T, device=device)
-        self.is_stopped_B = torch.zeros(P * G, dtype=torch.bool, device=device)
+        self.ids_TB = torch.full((T, P * G), stop_id, device=device)
+        """What a row has drawn; after it was dropped, the stop token."""
+        self.logprobs_TB = torch.zeros(T, P * G, device=device)
         self.versions_T: list[int] = []
         """All rows draw their token t from the same weights."""
 
-    def record(
-        self, t: int, ids_B: Tensor, logprobs_B: Tensor, is_stop_B: Tensor, version: int
-    ) -> None:
+    def record(self, ids_B: Tensor, logprobs_B: Tensor, version: int) -> None:
+        t = len(self.versions_T)
         self.versions_T.append(version)
-        self.ids_BT[self.rows_B, t] = ids_B
-        self.logprobs_BT[self.rows_B, t] = logprobs_B
-        is_open_B = self.is_open_PG.view(-1)
-        ended = self.rows_B[is_open_B & is_stop_B]
-        self.lengths_B[ended] = t + 1
-        self.is_stopped_B[ended] = True
-        self.is_open_PG &= ~is_stop_B.view(self.is_open_PG.shape)
+        self.ids_TB[t].index_copy_(0, self.rows_B, ids_B)
+        self.logprobs_TB[t].index_copy_(0, self.rows_B, logprobs_B)
+
+    @property
+    def is_open_PG(self) -> Tensor:
+        """Over the running batch: row has not drawn the stop token yet."""
+        drawn_TB = self.ids_TB[: len(self.versions_T), self.rows_B]
+        return (drawn_TB != self.stop_id).all(dim=0).view(self.shape)
 
     @property
     def is_done(self) -> bool:
         return not bool(self.is_open_PG.any())
 
-    def compact(self, answers: Continuation) -> Tensor | None:
+    def compact(self, answers: Decoding) -> Tensor | None:
         """Drop prompts that are finished and the places no prompt needs any more.
 
         Every prompt keeps as many rows as the one with the most open rows, so the batch stays
         (P, G). Returns which rows of the old batch are left, or None where none were dropped.
         """
-        open_per_prompt_P = self.is_open_PG.sum(dim=1)
+        is_open_PG = self.is_open_PG
+        open_per_prompt_P = is_open_PG.sum(dim=1)
         prompts = open_per_prompt_P.nonzero()[:, 0]
         G = int(open_per_prompt_P.max())
-        old_P, old_G = self.is_open_PG.shape
+        old_P, old_G = self.shape
         if len(prompts) * G > COMPACT_BELOW * old_P * old_G:
             return None
-        order_PG = (~self.is_open_PG[prompts]).to(torch.int8).argsort(dim=1, stable=True)[:, :G]
-        kept_B = (prompts[:, None] * old_G + order_PG).reshape(-1)
-        answers.keep(prompts, kept_B, G)
-        self.rows_B = self.rows_B[kept_B]
-        self.is_open_PG = self.is_open_PG.view(-1)[kept_B].view(-1, G)
+        kept_PG = (~is_open_PG[prompts]).to(torch.int8).argsort(dim=1, stable=True)[:, :G]
+        answers.keep(prompts, kept_PG)
+        kept_B = (prompts[:, None] * old_G + kept_PG).flatten()
+        self.rows_B, self.shape = self.rows_B[kept_B], (len(prompts), G)
         return kept_B
 
     def rollouts(self) -> list[list[Rollout]]:
-        lengths, stopped = self.lengths_B.tolist(), self.is_stopped_B.tolist()
-        ids, logprobs = self.ids_BT.tolist(), self.logprobs_BT.tolist()
+        ids_BT = self.ids_TB[: len(self.versions_T)].T
+        is_stop_BT = ids_BT == self.stop_id
+        stopped = is_stop_BT.any(dim=1)
+        first_B = is_stop_BT.to(torch.int8).argmax(dim=1) + 1
+        lengths = first_B.where(stopped, torch.full_like(first_B, len(self.versions_T)))
         flat = [
             Rollout(tuple(i[:n]), tuple(p[:n]), was_stopped, self._versions(n))
-            for i, p, n, was_stopped in zip(ids, logprobs, lengths, stopped, strict=True)
+            for i, p, n, was_stopped in zip(
+                ids_BT.tolist(),
+                self.logprobs_TB.T.tolist(),
+                lengths.tolist(),
+                stopped.tolist(),
+                strict=True,
+            )
         ]
         return [flat[start : start + self.G] for start in range(0, len(flat), self.G)]
 
@@ -165,14 +194,40 @@ class _Batch:
         return versions if versions[0] != versions[-1] else ()
 
 
-def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def draw(squashed_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Return one id a row and its log-probability in the distribution it was drawn from.
 
     Args:
-        logits_BV: (B, V) fp32.
+        squashed_BV: (B, V) fp32 in [0, 1], from `Decoder.squashed`: the logits before the cap
+            widens them.
         uniforms_B: (B,) in [0, 1).
         sampling: Temperature 0 takes the likeliest token and gives its logprob at temperature 1.
     """
+    if sampling.top_k or sampling.temperature < COLDEST:
+        return draw_from_any((2 * squashed_BV - 1) * SOFT_CAP, uniforms_B, sampling)
+    # Capped as they are, no maximum has to be taken off the logits before.
+    least = torch.tensor(-SOFT_CAP / sampling.temperature)
+    chances_BV = torch.add(least, squashed_BV, alpha=2 * SOFT_CAP / sampling.temperature).exp_()
+    B, V = chances_BV.shape
+    chances_BCX = F.pad(chances_BV, (0, -V % TOKENS_TOGETHER)).view(B, -1, TOKENS_TOGETHER)
+    sums_BC = chances_BCX.sum(dim=2).cumsum(dim=1)
+    thresholds_B1 = uniforms_B[:, None] * sums_BC[:, -1:]
+    places_B1 = torch.searchsorted(sums_BC, thresholds_B1, right=True)
+    places_B1.clamp_(max=sums_BC.shape[1] - 1)
+    before_B1 = F.pad(sums_BC, (1, 0)).gather(1, places_B1)
+    chances_BX = chances_BCX[torch.arange(B, device=places_B1.device), places_B1[:, 0]]
+    within_B1 = torch.searchsorted(chances_BX.cumsum(dim=1), thresholds_B1 - before_B1, right=True)
+    # Rounding may let the last sum fall short of the threshold.
+    within_B1.clamp_(max=TOKENS_TOGETHER - 1)
+    ids_B1 = (places_B1 * TOKENS_TOGETHER + within_B1).clamp_(max=V - 1)
+    chosen_B1 = chances_BV.gather(1, ids_B1)
+    return ids_B1[:, 0], (chosen_B1 / sums_BC[:, -1:]).log_()[:, 0]
+
+
+def draw_from_any(
+    logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    """As `draw`, from logits (B, V) fp32 of any size, at any temperature, with `top_k`."""
     if sampling.temperature > 0:
         logits_BV = logits_BV / sampling.temperature
     if sampling.top_k:

@@ -219,6 +219,15 @@ class GPT(nn.Module):
                 nn.init.zeros_(weight)
         return self
 
+    def in_precision(self, dtype: torch.dtype) -> GPT:
+        """Have all weights in this precision, and return itself.
+
+        The tables of positions keep theirs: in bf16, far positions would run together.
+        """
+        for weight in self.parameters():
+            weight.data = weight.data.to(dtype)
+        return self
+
     def forward(
         self, ids_BT: Tensor, attend: Attend = causal, positions_BT: Tensor | None = None
     ) -> Tensor:
