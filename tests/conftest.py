@@ -155,6 +155,11 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 @pytest.fixture(scope="session")
 def in_process(finished_run: Path, tiny: str) -> tuple[dict[str, Tensor], list[Metrics]]:
     """Weights and numbers of the RL stage without any cluster."""
+    return rl_in_process(tiny, finished_run)
+
+
+def rl_in_process(tiny: str, run: Path, *settings: str) -> tuple[dict[str, Tensor], list[Metrics]]:
+    """Return weights and numbers of an RL stage without any cluster, from a run's SFT stage on."""
     from aquarl.cluster.results import finished_policy
     from aquarl.config import load_config
     from aquarl.data.tokenizer import Tokenizer
@@ -167,10 +172,10 @@ def in_process(finished_run: Path, tiny: str) -> tuple[dict[str, Tensor], list[M
     from aquarl.tasks.base import to_prompt
     from aquarl.tasks.catalog import load_problems
 
-    config = load_config(tiny, [f"run.dir={finished_run}"])
-    words = Tokenizer.load(f"{finished_run}/tokenizer")
+    config = load_config(tiny, [f"run.dir={run}", *settings])
+    words = Tokenizer.load(f"{run}/tokenizer")
     splits = load_problems(config.data, config.run.seed)
-    model = finished_policy(str(finished_run), "sft", words.fingerprint)
+    model = finished_policy(str(run), "sft", words.fingerprint)
     stream = InProcess(
         RolloutStream(PromptSource(splits.train, words, config.run.seed), config.rl),
         TorchSampler(GPT(model.shape), words.end_of_turn, "cpu"),

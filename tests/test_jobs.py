@@ -64,6 +64,20 @@ class Head:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
+    def call_scale(self, run: Path, workers: int) -> None:
+        """Scale by the Python call, from a process of its own as a notebook is one."""
+        lines = f"""
+from aquarl.cluster.control import scale
+from aquarl.config import load_config
+
+scale(load_config(None, ["run.dir={run}", "cluster.address={self.gcs}"]), {workers})
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", lines],
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
     def ask(self, *argv: str) -> subprocess.CompletedProcess[str]:
         done = self.aquarl(*argv, f"cluster.address={self.gcs}")
         assert done.returncode == 0, done.stderr
@@ -216,6 +230,8 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
         assert said["MetricsRelay"] == ["MetricsRelay"]
         assert len(rollout_workers(head)) == 4
 
+        head.call_scale(after_sft, 2)
+        eventually(lambda: len(rollout_workers(head)) == 2, 30)
         head.submit("python", "ray_jobs/scale.py", "1", *here)
         eventually(lambda: len(rollout_workers(head)) == 1, 30)
         seen = status(head, here)

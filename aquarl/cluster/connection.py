@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from aquarl.cluster.errors import first_line
@@ -92,6 +93,16 @@ def _stop(signum: int, frame: Any) -> None:
 def cluster_address(config: Config) -> str | None:
     """Return the cluster that is named: by the job we are in, or the settings; None for neither."""
     return os.environ.get("RAY_ADDRESS") or config.cluster.address
+
+
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """Return what keeps an actor on the node of this command, with which it ends anyway.
+
+    An actor without CPUs Ray would put on any node, also on one that is there to sample only and
+    that may be taken away.
+    """
+    node = ray.get_runtime_context().get_node_id()
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def namespace(config: Config) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from aquarl.cluster.connection import cluster_address, connected, namespace
+from aquarl.cluster.connection import beside_driver, cluster_address, connected, namespace
 from aquarl.cluster.errors import plain_errors
 from aquarl.cluster.kinds import first_kinds
 from aquarl.cluster.results import (
@@ -152,7 +152,7 @@ def hired_stream(config: Config, *, wanted: bool) -> Iterator[Any]:
 
     stream: Any = (
         ray.remote(num_cpus=0, max_restarts=config.cluster.max_failures)(StreamActor)
-        .options(name="stream", namespace=namespace(config))
+        .options(name="stream", namespace=namespace(config), scheduling_strategy=beside_driver())
         .remote(config)
     )
     try:

@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from rich.console import Console
 
+from aquarl.cluster.connection import beside_driver
 from aquarl.cluster.rollout_pool import unused
 from aquarl.observe.metrics import Sinks
 from aquarl.records import Metrics
@@ -56,7 +57,11 @@ def say_finished(relay: ActorHandle, stage: str, step: int, line: str) -> None:
 @contextmanager
 def relay_to(sinks: Sinks) -> Iterator[ActorHandle]:
     """Hire a relay and pass on what comes, until the block is left; then what is left in it."""
-    relay: Any = ray.remote(num_cpus=0)(MetricsRelay).options(name=unused("metrics-relay")).remote()
+    relay: Any = (
+        ray.remote(num_cpus=0)(MetricsRelay)
+        .options(name=unused("metrics-relay"), scheduling_strategy=beside_driver())
+        .remote()
+    )
     is_over = threading.Event()
     starting = Console(stderr=True).status(
         "starting workers", refresh_per_second=4
