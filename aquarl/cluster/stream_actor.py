@@ -186,10 +186,9 @@ class StreamActor:
             await self._notify()
 
     async def _accept(self, groups: Sequence[RolloutGroup]) -> None:
-        for group in groups:
-            if self._stream.submit(group):
-                self._deaths_in_a_row = 0
-                self._metrics.accepted(group, self._stream.version)
+        if accepted := [group for group in groups if self._stream.submit(group)]:
+            self._deaths_in_a_row = 0
+            self._metrics.accepted(accepted, self._stream.version)
         # Groups make work for others only by refilling; waking hundreds for nothing costs much.
         await self._notify(workers=self._config.rl.refill_uniform_groups)
 
