@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -36,6 +35,7 @@ from aquarl.cluster.results import STAGES, put_json, stands
 from aquarl.config import Config, build_config
 from aquarl.errors import ClusterError, ConfigError
 from aquarl.model.checkpoint import checkpoint_folder
+from aquarl.observe.machine import cpu_model
 from aquarl.tasks.catalog import load_problems
 
 LOOK_EVERY_S = 0.2
@@ -111,7 +111,7 @@ def chaos(config: Config, *, minutes: float, every_s: float, seed: int) -> dict[
         "holds": bool(faults)
         and all(run["holds"] for run in runs)
         and all(fault.recovered_s is not None or fault.run_ended_first for fault in faults),
-        "machine": _machine(),
+        "machine": f"{os.cpu_count()} x {cpu_model()}",
         "seed": seed,
         "every_s": every_s,
         "steps": config.rl.steps,
@@ -399,15 +399,3 @@ def require(report: dict[str, Any], run_dir: str) -> None:
             f"where, and both are in {run_dir}/chaos. This is a bug in aquarl, not in what you "
             f"typed: report it with seed {report['seed']}."
         )
-
-
-def _machine() -> str:
-    """Return the processor's name and how many there are."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            x.partition(":")[2].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        name = names[0] if names else name
-    return f"{os.cpu_count()} x {name}"
