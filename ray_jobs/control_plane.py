@@ -107,8 +107,7 @@ def made_up_group(rng: random.Random) -> RolloutGroup:
         for _ in range(GROUP)
     )
     group = RolloutGroup(0, 0, 0, None, rollouts, (0.5,) * GROUP, 0)  # type: ignore[arg-type]
-    packed: RolloutGroup = pickle.loads(pickle.dumps(group))
-    return packed
+    return copy.copy(group)
 
 
 class PlayedStream(StreamActor):
