@@ -23,7 +23,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ class Looker(threading.Thread):
         super().__init__(name="memory", daemon=True)
         self.seen: Series = defaultdict(list)
         self._until, self._every_s = time.monotonic() + 60 * minutes, every_s
-        self._began = time.monotonic()
+        self._began, self.is_over = time.monotonic(), False
 
     def run(self) -> None:
         while time.monotonic() < self._until:
@@ -65,6 +64,7 @@ class Looker(threading.Thread):
             for name, megabytes in memory_of_all().items():
                 self.seen[name].append((at, megabytes))
             time.sleep(self._every_s)
+        self.is_over = True
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -177,12 +177,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     config = with_absolute_paths(load_config(args.config, args.overrides))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     with connected(config):
         run_stages(config, STAGES[: STAGES.index("rl")])
         looker = Looker(args.minutes, args.every)
         looker.start()
-        with suppress(KeyboardInterrupt):
+        try:
             run_stages(config, ("rl",))
+        except KeyboardInterrupt:
+            if not looker.is_over:  # a person's
+                raise
     steps = sum("reward/mean" in row for row in read_metrics(config.run.dir)["rl"])
     found = {
         "machine": f"{os.cpu_count()} x {cpu_model()}", "minutes": args.minutes, "steps": steps,
