@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from aquarl.config import load_config
 from ray_jobs import staleness
 from ray_jobs.staleness import Kind
@@ -31,7 +29,7 @@ def made_up(reward: float) -> list[dict[str, Any]]:
 
 def test_a_difference_is_paired_by_seed_and_has_its_interval(tmp_path: Path) -> None:
     """Seeds differ by 0.1 and 0.3: 0.2 with a deviation of 0.1414 / sqrt(2) = 0.1, times 12.706."""
-    found: dict[Kind, dict[str, staleness.Rows]] = dict.fromkeys(staleness.KINDS, {}) | {
+    found: dict[Kind, dict[str, staleness.Rows]] = {kind: {} for kind in staleness.KINDS} | {
         Kind("exact", 0, True): {"a": made_up(0.5), "b": made_up(0.8)},
         Kind("exact", 2, False): {"a": made_up(0.4), "b": made_up(0.5)},
     }
