@@ -95,6 +95,15 @@ class RolloutStream:
         self._when_finished(entry)
         return True
 
+    def is_complete_with(self, group: RolloutGroup) -> bool:
+        """Return whether the step, or the evaluation, of a group has all its groups now."""
+        lease = self._open[group.lease_id].lease
+        if lease.purpose == "train":
+            leases = self._leases_of_step.get(lease.step, [])
+        else:
+            leases = self._evaluations.get(lease.purpose, [])
+        return all(self._open[lease_id].is_finished for lease_id in leases)
+
     def lost(self, worker: str) -> list[Lease]:
         """Free the unfinished leases of a dead worker, or set them aside. Returns them.
 
