@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -115,7 +116,7 @@ class Rollout:
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Nats, one for each id, of the very distribution that was sampled."""
+    """Nats, one for each id, of the very distribution that was sampled: float32 values."""
     stopped: bool
     """False: cut by length."""
     versions: tuple[int, ...] = ()
@@ -127,9 +128,37 @@ class Rollout:
     formatted: bool = False
 
 
+class Glance(NamedTuple):
+    """What can be seen of a group without opening its answers; a value for each of them."""
+
+    rewards: tuple[float, ...]
+    letters: tuple[str | None, ...]
+    lengths: tuple[int, ...]
+    """Tokens."""
+    stopped: tuple[bool, ...]
+    tokens_of_version: dict[int, int]
+    """How many tokens were sampled with which weights."""
+
+
+class Packed(NamedTuple):
+    """The rest of a group's answers, one after the other."""
+
+    ids: bytes
+    """int32"""
+    logprobs: bytes
+    """float32"""
+    versions: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
+    formatted: tuple[bool, ...]
+
+
 @dataclass(frozen=True)
 class RolloutGroup:
-    """All answers to one prompt of a lease, scored and compared with one another."""
+    """All answers to one prompt of a lease, scored and compared with one another.
+
+    It travels packed, and is opened by who first looks at its `rollouts`: the learner. The stream
+    on the way needs but its `glance`, and can carry ten times as many (docs/control_plane.md).
+    """
 
     lease_id: int
     index: int
@@ -147,6 +176,69 @@ class RolloutGroup:
     """Wall seconds its worker took to get new weights for the lease, shared alike."""
     sampled: tuple[float, float] = (0.0, 0.0)
     """When the sampling of the lease began and ended: Unix seconds, by its worker's clock."""
+
+    @cached_property
+    def glance(self) -> Glance:
+        tokens: dict[int, int] = {}
+        for rollout in self.rollouts:
+            for version in rollout.versions:
+                tokens[version] = tokens.get(version, 0) + 1
+            if not rollout.versions:
+                tokens[self.weights_version] = tokens.get(self.weights_version, 0) + len(
+                    rollout.ids
+                )
+        return Glance(
+            tuple(rollout.reward for rollout in self.rollouts),
+            tuple(rollout.letter for rollout in self.rollouts),
+            tuple(len(rollout.ids) for rollout in self.rollouts),
+            tuple(rollout.stopped for rollout in self.rollouts),
+            tokens,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what travels. Packed once, it is passed on as it is."""
+        state = dict(vars(self))
+        if "packed" not in state:
+            rollouts = state.pop("rollouts")
+            state["glance"] = self.glance
+            state["packed"] = Packed(
+                np.array([i for r in rollouts for i in r.ids], dtype=np.int32).tobytes(),
+                np.array([x for r in rollouts for x in r.logprobs], dtype=np.float32).tobytes(),
+                tuple(rollout.versions for rollout in rollouts),
+                tuple(rollout.text for rollout in rollouts),
+                tuple(rollout.formatted for rollout in rollouts),
+            )
+        return state
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Open what has come packed."""
+            if name != "rollouts" or "packed" not in vars(self):
+                raise AttributeError(name)
+            vars(self)["rollouts"] = _opened(self.glance, vars(self).pop("packed"))
+            return self.rollouts
+
+
+def _opened(glance: Glance, packed: Packed) -> tuple[Rollout, ...]:
+    ids = np.frombuffer(packed.ids, dtype=np.int32).tolist()
+    logprobs = np.frombuffer(packed.logprobs, dtype=np.float32).tolist()
+    rollouts, end = [], 0
+    for place, length in enumerate(glance.lengths):
+        start, end = end, end + length
+        rollouts.append(
+            Rollout(
+                tuple(ids[start:end]),
+                tuple(logprobs[start:end]),
+                glance.stopped[place],
+                packed.versions[place],
+                packed.texts[place],
+                glance.letters[place],
+                glance.rewards[place],
+                packed.formatted[place],
+            )
+        )
+    return tuple(rollouts)
 
 
 class Sampler(Protocol):

@@ -1,25 +1,27 @@
-"""How much can one stream carry? Simulated rollout workers against the real stream actor.
+"""Ray job: how much can one stream carry? Simulated rollout workers against the real stream actor.
 
-    python ray_jobs/control_plane.py [--workers 4 16 64 256] [--seconds 15] [--out docs]
+    python ray_jobs/control_plane.py [--workers 4 16 64 256] [--seconds 10] [--out docs]
 
 The stream actor, its leases, its bookkeeping, Ray's transport and the message sizes are those of a
 run; only the sampling is not. Few processes play many workers: each takes a lease, waits as long as
 an H100 would sample it, and yields groups of made-up tokens. A simulated learner takes whole steps
-and publishes. Writes control_plane.json, .md and .png. Ends with the measured capacity beside what
-64 H100 workers produce.
+and publishes. At last workers that do not wait at all show the capacity, with leases of the usual
+size and of a larger one. Writes control_plane.json, .md and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import json
+import os
+import pickle
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +29,26 @@ import numpy as np
 import ray
 from psutil import Process
 
-from aquarl.cluster.own_ray import alone
+from aquarl.cluster.connection import connected
 from aquarl.cluster.results import tokenizer_folder
 from aquarl.cluster.stream_actor import StreamActor
 from aquarl.config import Config, build_config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.model.gpt import Shape
+from aquarl.observe.machine import cpu_model
 from aquarl.records import Lease, Rollout, RolloutGroup, Weights
 
-GROUP, LENGTH, LEASE, STEP = 16, 256, 8, 64
-"""Answers a prompt, tokens an answer, prompts a lease (`ray_jobs/d8.toml`); prompts a step."""
-H100_GROUPS_PER_S = 1.74
-"""One H100's share of the reference run: 1,560 steps of 16 prompts in 30 minutes on 8 of them."""
-GOAL = 64 * H100_GROUPS_PER_S
+GROUP, LENGTH, LEASE = 16, 256, 8
+"""Answers a prompt, tokens an answer (its limit), prompts a lease: as in `ray_jobs/d8.toml`."""
+LARGE_LEASE = 32
+STEP = 64
+"""Prompts a step, at least; more where many workers would otherwise wait for the learner."""
+H100_GROUPS_PER_S = 1560 * 16 / (30 * 60) / 8
+"""One H100's share of the reference run: 1,560 steps of 16 prompts in 30 minutes on 8 of them. It
+sampled and learned in turn, so a GPU that only samples does more; see `ROOM`."""
+H100S, ROOM = 64, 10
+"""Workers to be carried, and how many times their pace."""
 PLAYERS = 2
-Group = RolloutGroup
 
 
 class Player:
@@ -49,19 +56,10 @@ class Player:
 
     def __init__(self, stream: Any, lease_s: float, seed: int) -> None:
         self._stream, self._lease_s, self._rng = stream, lease_s, random.Random(seed)
-        self._answers = [self._answer() for _ in range(4 * GROUP)]
+        self._groups = [made_up_group(self._rng) for _ in range(16)]
         self.lease_ms: list[float] = []
 
-    def _answer(self) -> Rollout:
-        ids = tuple(self._rng.randrange(300, 65536) for _ in range(LENGTH))
-        logprobs = tuple(-self._rng.random() for _ in range(LENGTH))
-        text = "".join(self._rng.choice("abcdefghij ") for _ in range(3 * LENGTH))
-        reward = float(self._rng.random() < 0.5)
-        return Rollout(
-            ids, logprobs, stopped=True, text=text, letter="A", reward=reward, formatted=True
-        )
-
-    async def run(self, name: str) -> AsyncIterator[list[Group]]:
+    async def run(self, name: str) -> AsyncIterator[list[RolloutGroup]]:
         await asyncio.sleep(self._rng.random() * self._lease_s)  # they do not start as one
         have = None
         while True:
@@ -77,17 +75,40 @@ class Player:
                 await asyncio.sleep(self._lease_s * self._rng.uniform(0.8, 1.2))
             yield [self._group(lease, place, name) for place in range(len(lease.prompts))]
 
-    def _group(self, lease: Lease, place: int, name: str) -> Group:
-        first = self._rng.randrange(3 * GROUP)
-        answers = tuple(self._answers[first : first + GROUP])
-        return Group(
-            lease.id, place, lease.step, lease.prompts[place], answers, (0.5,) * GROUP,
-            lease.weights_version, name, time.time(),
-        )  # fmt: skip
+    def _group(self, lease: Lease, place: int, name: str) -> RolloutGroup:
+        group = copy.copy(self._rng.choice(self._groups))  # packed already: that is a worker's work
+        vars(group).update(
+            lease_id=lease.id,
+            index=place,
+            step=lease.step,
+            prompt=lease.prompts[place],
+            weights_version=lease.weights_version,
+            worker=name,
+            sample_s=time.time(),
+        )
+        return group
 
     def seen(self) -> list[float]:
         seen, self.lease_ms = self.lease_ms, []
         return seen
+
+
+def made_up_group(rng: random.Random) -> RolloutGroup:
+    """Return a group of answers of full length, as it travels."""
+    rollouts = tuple(
+        Rollout(
+            tuple(rng.randrange(300, 65536) for _ in range(LENGTH)),
+            tuple(-rng.random() for _ in range(LENGTH)),
+            stopped=True,
+            text="".join(rng.choice("abcdefghij ") for _ in range(3 * LENGTH)),
+            letter="A",
+            reward=float(rng.random() < 0.5),
+            formatted=True,
+        )
+        for _ in range(GROUP)
+    )
+    group = RolloutGroup(0, 0, 0, None, rollouts, (0.5,) * GROUP, 0)  # type: ignore[arg-type]
+    return copy.copy(group)
 
 
 class PlayedStream(StreamActor):
@@ -107,7 +128,7 @@ class PlayedStream(StreamActor):
         self._workers[name] = worker
         self._spawn(self._consume(name, worker))
 
-    async def _accept(self, groups: Sequence[Group]) -> None:
+    async def _accept(self, groups: Sequence[RolloutGroup]) -> None:
         self.submit_ms.append(1000 * (time.time() - groups[0].sample_s))
         await super()._accept(groups)
 
@@ -155,17 +176,25 @@ class Learner:
             ray.get(self._stream.next_step.remote(step, 0, 1))
 
 
-def measure(workers: int, lease_s: float, seconds: float, run_dir: str) -> dict[str, Any]:
-    """Return what one stream does with this many workers, each `lease_s` seconds on a lease."""
-    steps_ahead = 2 + 2 * workers * LEASE // STEP  # nobody waits for the bound: it is not measured
+def measure(
+    workers: int, pace: float, prompts: int, seconds: float, run_dir: str
+) -> dict[str, Any]:
+    """Return what one stream does with this many workers.
+
+    Args:
+        pace: Groups/s of each; 0 for as fast as they can.
+        prompts: Of a lease.
+    """
+    lease_s = prompts / pace if pace else 0.0
+    step = max(STEP, workers * prompts // 2)  # so that the bound on staleness holds up nobody
     config = build_config(
         {
             "run": {"dir": run_dir},
             "data": {"train_problems": 2000},
             "rl": {
-                "steps": 10**6, "prompts_per_step": STEP, "prompts_per_lease": LEASE,
-                "rollouts_per_prompt": GROUP, "max_new_tokens": LENGTH,
-                "max_staleness": steps_ahead, "rollout_workers": workers,
+                "steps": 10**6, "prompts_per_step": step, "prompts_per_lease": prompts,
+                "rollouts_per_prompt": GROUP, "max_new_tokens": LENGTH, "max_staleness": 8,
+                "rollout_workers": workers,
             },
         }
     )  # fmt: skip
@@ -173,7 +202,8 @@ def measure(workers: int, lease_s: float, seconds: float, run_dir: str) -> dict[
     ray.get(stream.begin.remote(Shape(512, 1, 64, 1, 1, 64)))
     learner: Any = ray.remote(num_cpus=0)(Learner).remote(stream)
     learner.run.remote(10**6)
-    time.sleep(2 * lease_s + 3)  # until all have taken a lease
+    while ray.get(stream.seen.remote())["groups"] < workers * prompts:  # until all have had a lease
+        time.sleep(0.5)
     first = ray.get(stream.seen.remote())
     time.sleep(seconds)
     last = ray.get(stream.seen.remote())
@@ -183,13 +213,14 @@ def measure(workers: int, lease_s: float, seconds: float, run_dir: str) -> dict[
     cpu_s = last["cpu_s"] - first["cpu_s"]
     return {
         "workers": workers,
-        "offered_per_s": workers * LEASE / lease_s if lease_s else None,
+        "prompts_per_lease": prompts,
+        "offered_per_s": workers * pace or None,
         "groups_per_s": groups / wall_s,
         "mb_per_s": groups * group_mb() / wall_s,
         "lease_ms": percentiles(last["lease_ms"]),
         "submit_ms": percentiles(last["submit_ms"]),
-        "cpu_ms_per_group": 1000 * cpu_s / max(groups, 1),
         "stream_cores": cpu_s / wall_s,
+        "groups_per_cpu_s": groups / cpu_s,
         "memory_mb": last["memory_mb"],
         "late": last["late"],
     }
@@ -197,40 +228,169 @@ def measure(workers: int, lease_s: float, seconds: float, run_dir: str) -> dict[
 
 def group_mb() -> float:
     """Return the size of a group on its way."""
-    from ray import cloudpickle
-
-    player = Player(None, 0, 0)
-    group = Group(0, 0, 0, None, tuple(player._answers[:GROUP]), (0.5,) * GROUP, 0)  # type: ignore[arg-type]
-    return len(cloudpickle.dumps(replace(group))) / 1e6
+    return len(pickle.dumps(made_up_group(random.Random(0)))) / 1e6
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
     if len(values) < 2:
-        return {"p50": 0.0, "p95": 0.0, "p99": 0.0}
+        return dict.fromkeys(("p50", "p95", "p99"), float("nan"))
     cuts = statistics.quantiles(values, n=100)
     return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
 
 
-def main() -> None:
+# Telling.
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return control_plane.md."""
+    rows, goal = found["rows"], H100S * ROOM * H100_GROUPS_PER_S
+    free = [row for row in rows if row["offered_per_s"] is None]
+    small, large = (
+        max((x for x in free if x["prompts_per_lease"] == size), key=lambda x: x["groups_per_s"])
+        for size in (LEASE, LARGE_LEASE)
+    )
+    lines = [
+        "# What one stream carries",
+        "",
+        f"Simulated on {found['machine']} at {found['when']}, load {found['load']:.1f} when it "
+        "began, by `python ray_jobs/control_plane.py`: the real stream actor and Ray's transport, "
+        f"with workers that sleep instead of sampling, a learner that takes steps of at least "
+        f"{STEP} prompts, and all of them on the same cores. A group is {GROUP} answers of "
+        f"{LENGTH} tokens with their text, {1000 * found['group_mb']:.0f} kB.",
+        "",
+        f"**Wanted:** {ROOM} x {H100S} H100s. The reference run made 1,560 steps of 16 prompts in "
+        f"30 minutes on 8 of them, {H100_GROUPS_PER_S:.2f} groups/s each, so {goal:,.0f} groups/s. "
+        "It sampled and learned in turn; a GPU that only samples is faster, and the factor of "
+        f"{ROOM} covers engines of up to {ROOM * H100_GROUPS_PER_S * GROUP * LENGTH:,.0f} tokens/s "
+        "on each GPU.",
+        "",
+        f"**Measured:** {carried(small, goal)}; {carried(large, goal)}.",
+        "",
+        "| workers | prompts a lease | offered groups/s | carried | MB/s "
+        "| lease ms p50 / p95 / p99 | submit ms p50 / p95 / p99 | stream cores "
+        "| groups per stream CPU s | memory MB |",
+        "|---" * 10 + "|",
+    ]
+    for row in rows:
+        offered = "all they can" if row["offered_per_s"] is None else f"{row['offered_per_s']:.0f}"
+        cells = [
+            str(row["workers"]),
+            str(row["prompts_per_lease"]),
+            offered,
+            f"{row['groups_per_s']:,.0f}",
+            f"{row['mb_per_s']:.1f}",
+            " / ".join(f"{row['lease_ms'][p]:.0f}" for p in ("p50", "p95", "p99")),
+            " / ".join(f"{row['submit_ms'][p]:.0f}" for p in ("p50", "p95", "p99")),
+            f"{row['stream_cores']:.2f}",
+            f"{row['groups_per_cpu_s']:,.0f}",
+            f"{row['memory_mb']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "![the same as a plot](control_plane.png)", "", BEYOND])
+
+
+def carried(row: dict[str, Any], goal: float) -> str:
+    """Return what a stream carried whose workers did not wait, in words."""
+    return (
+        f"with {row['prompts_per_lease']} prompts a lease {row['groups_per_s']:,.0f} groups/s "
+        f"({row['groups_per_s'] / goal:.1f} x what is wanted) from {row['workers']} workers that "
+        f"do not wait, for which the stream used {row['stream_cores']:.2f} cores: "
+        f"{row['groups_per_cpu_s']:,.0f} for each second of its CPU time "
+        f"({row['groups_per_cpu_s'] / goal:.1f} x)"
+    )
+
+
+BEYOND = """\
+Lease: from a worker's question to its work, waiting for the step to open included. Submit: from
+the moment a lease's groups are yielded until the stream has booked them. Where workers do not wait,
+both are queueing, up to two leases a worker.
+
+A group travels packed: the stream reads rewards, letters and lengths, and passes the tokens on as
+bytes that the learner opens. Python takes some 0.1 ms a group (half of it making the prompt); most
+of the rest is Ray's price of a lease, a call and a streamed item. So the first remedy is a larger
+`rl.prompts_per_lease`. The end is one process that is one event loop, which with Ray's own threads
+beside it uses little more than a core.
+
+**Beyond that: sharded streams.** Nothing but the position of the next prompt and the published
+version is shared among leases, so a run can have S stream actors, each with the workers and the
+learner ranks of its own: shard s gives prompts s, s + S, s + 2S, ... of each step, and rank r asks
+shard r mod S. The first rank publishes to all of them, one object reference each, and saves one
+frontier, which is the same position for all. What is lost is that a fast shard helps a slow one;
+`aquarl scale` would even that out by moving workers. This is a plan: nothing here needs it yet.
+"""
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw what was carried and how long it took, over the number of workers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    paced = [row for row in rows if row["offered_per_s"] is not None]
+    free = [row for row in rows if row["offered_per_s"] is None]
+    for chosen, label in (
+        (paced, "at an H100's pace"),
+        *(
+            ([x for x in free if x["prompts_per_lease"] == size], f"unpaced, {size} a lease")
+            for size in (LEASE, LARGE_LEASE)
+        ),
+    ):
+        workers = [row["workers"] for row in chosen]
+        left.plot(workers, [row["groups_per_s"] for row in chosen], marker="o", label=label)
+    workers = [row["workers"] for row in paced]
+    left.plot(workers, [row["offered_per_s"] for row in paced], "k:", label="offered at that pace")
+    goal = H100S * ROOM * H100_GROUPS_PER_S
+    left.axhline(goal, color="grey", linestyle="--", label=f"{ROOM} x {H100S} H100s")
+    for name, colour in (("lease_ms", "C0"), ("submit_ms", "C1")):
+        for p, style in (("p50", "-"), ("p95", "--"), ("p99", ":")):
+            label = f"{name.removesuffix('_ms')} {p}"
+            right.plot(workers, [row[name][p] for row in paced], colour + style, label=label)
+    left.set(ylabel="groups/s", title="carried by one stream")
+    right.set(ylabel="ms", title="latencies at an H100's pace")
+    for axes in (left, right):
+        axes.set(xlabel="rollout workers", xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """See above."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", nargs="+", type=int, default=[4, 16, 64, 256])
-    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--unpaced", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
+    parser.add_argument(
+        "--pace", type=float, default=H100_GROUPS_PER_S, help="groups/s of one simulated worker"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs"))
-    args = parser.parse_args()
-    results = []
-    with tempfile.TemporaryDirectory() as run_dir, alone():
+    args = parser.parse_args(argv)
+    out, load = args.out.resolve(), os.getloadavg()[0]
+    when, rows = time.strftime("%Y-%m-%d %H:%M"), []
+    with tempfile.TemporaryDirectory() as run_dir:
         config = build_config({"run": {"dir": run_dir}})
         Tokenizer.train(["1 + 2 = 3"], 265).save(tokenizer_folder(config))
-        ray.init(address="local", log_to_driver=False, logging_level="error", num_cpus=8)
-        try:
-            for lease_s in (LEASE / H100_GROUPS_PER_S, 0.0):
-                for workers in args.workers:
-                    results.append(measure(workers, lease_s, args.seconds, run_dir))
-                    print(json.dumps(results[-1]), flush=True)
-        finally:
-            ray.shutdown()
-    args.out.mkdir(exist_ok=True)
-    (args.out / "control_plane.json").write_text(json.dumps(results, indent=1) + "\n")
+        with connected(config):
+            for pace, prompts, counts in (
+                (args.pace, LEASE, args.workers),
+                (0.0, LEASE, args.unpaced),
+                (0.0, LARGE_LEASE, args.unpaced),
+            ):
+                for workers in counts:
+                    rows.append(measure(workers, pace, prompts, args.seconds, run_dir))
+                    print(json.dumps(rows[-1]), flush=True)
+    found = {
+        "machine": f"{os.cpu_count()} x {cpu_model()}", "when": when, "load": load,
+        "group_mb": group_mb(), "rows": rows,
+    }  # fmt: skip
+    out.mkdir(exist_ok=True)
+    (out / "control_plane.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "control_plane.md").write_text(page(found))
+    plot(rows, out / "control_plane.png")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,9 @@ STALENESS = (0, 1, 2, 4)
 WINDOW = 10
 """Steps: of the smoothed curves, and of the last rewards in the table."""
 
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
+
 Rows = list[dict[str, Any]]
 """The metrics of a run's steps, in order."""
 
@@ -181,8 +184,18 @@ def last_reward(rows: Rows) -> float:
     return mean(rows[-WINDOW:], "reward/mean")
 
 
+def with_interval(values: Sequence[float]) -> str:
+    """Return the mean of some seeds' differences and the half of its 95 % interval."""
+    if len(values) < 2:
+        return "-"
+    degrees = min(len(values) - 1, len(T_95))
+    half = T_95[degrees - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):+.3f} ± {half:.3f}"
+
+
 def table(found: dict[Kind, dict[str, Rows]]) -> str:
-    """Return one line a kind, the mean over its seeds; `against 0` is paired by seed."""
+    """Return one line a kind, the mean over its seeds; `against 0` is paired by seed, with its 95 %
+    interval over the seeds."""
     lines = [
         f"| mode | staleness | runs | reward, last {WINDOW} steps | by seed | against 0 | greedy "
         "| age | KL | effective | waited | s a step |",
@@ -208,7 +221,7 @@ def table(found: dict[Kind, dict[str, Rows]]) -> str:
             str(len(seeds)),
             f"{statistics.fmean(map(last_reward, seeds.values())):.3f}",
             ", ".join(f"{last_reward(rows):.3f}" for rows in seeds.values()),
-            f"{statistics.fmean(gaps):+.3f}" if gaps else "-",
+            with_interval(gaps) if kind.staleness else "-",
             f"{statistics.fmean(r[-1]['validation/accuracy'] for r in seeds.values()):.3f}",
             f"{mean(every, 'rollout/staleness_mean'):.2f}",
             f"{mean(every, 'policy/kl_from_sampler'):.1e}",
@@ -221,7 +234,8 @@ def table(found: dict[Kind, dict[str, Rows]]) -> str:
 
 
 def plot(found: dict[Kind, dict[str, Rows]], rollouts_per_step: int, path: Path) -> None:
-    """Draw the mean over seeds of the smoothed rewards: by samples, and by the clock."""
+    """Draw the mean over seeds of the smoothed rewards: by samples, and by the clock. Shaded: from
+    the least to the most of the seeds, of the corrected ones."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -234,18 +248,22 @@ def plot(found: dict[Kind, dict[str, Rows]], rollouts_per_step: int, path: Path)
             continue
         runs = list(seeds.values())
         ends = range(WINDOW, min(map(len, runs)) + 1)
-        rewards = [
-            statistics.fmean(mean(rows[end - WINDOW : end], "reward/mean") for rows in runs)
-            for end in ends
+        of_seeds = [
+            [mean(rows[end - WINDOW : end], "reward/mean") for rows in runs] for end in ends
         ]
         if kind.mode == "live":
             x = [statistics.fmean(r[end - 1]["time/since_first_s"] for r in runs) for end in ends]
         else:
             x = [end * rollouts_per_step for end in ends]
+        colour = f"C{STALENESS.index(kind.staleness)}"
+        if kind.is_corrected:
+            by_mode[kind.mode].fill_between(
+                x, list(map(min, of_seeds)), list(map(max, of_seeds)), color=colour, alpha=0.1
+            )
         by_mode[kind.mode].plot(
             x,
-            rewards,
-            color=f"C{STALENESS.index(kind.staleness)}",
+            list(map(statistics.fmean, of_seeds)),
+            color=colour,
             linestyle="-" if kind.is_corrected else ":",
             label=f"{kind} ({len(runs)} runs)",
         )

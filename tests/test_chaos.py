@@ -89,6 +89,7 @@ def test_a_run_killed_at_random_is_the_same_to_the_bit(
         "learner rank, SIGKILL", "stream, SIGKILL", "stream, ray.kill",
     }  # fmt: skip
     assert len(rows(after_sft / "chaos/disturbed_1/ledger.jsonl")) == 40 * 8
+    assert "| stream, SIGKILL | " in (after_sft / "chaos.md").read_text()
     assert "weights identical: yes" in capsys.readouterr().out.replace("\n", " ")
 
 

@@ -279,3 +279,27 @@ def test_in_a_bucket_nothing_counts_until_the_meta_is_there(
         save(run, 2)
     assert latest_checkpoint(stage_folder(run, "sft")) == first
     assert is_whole(first, 1)
+
+
+class _Calls:
+    """What pickles as a call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_training_state_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
+    """With sums that fit, as whoever plants it would write them."""
+    mark = tmp_path / "it ran"
+    save_checkpoint(
+        f"{tmp_path}/planted", random_model(), stage="sft", step=1, tokenizer_fingerprint="words",
+        training={"momentum": _Calls(mark)},
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"training\.pt .* it could run any code"):
+        load_training(f"{tmp_path}/planted")
+    assert not mark.exists()
+    torch.load(tmp_path / "planted/training.pt", weights_only=False)
+    assert mark.exists(), "loaded as a pickle it would have run"

@@ -25,6 +25,7 @@ import pytest
 
 from aquarl.model.checkpoint import latest_checkpoint
 from tests.conftest import eventually, rows
+from tests.test_own_ray import KEPT
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,9 +100,11 @@ def head() -> Iterator[Head]:
     """A head node with 4 CPUs that takes jobs from those who have its token."""
     folder = Path(tempfile.mkdtemp(prefix="aq", dir="/tmp"))  # short: it holds sockets
     gcs, dashboard = free_port(), free_port()
+    (folder / "tmp").mkdir()
     environment = {
         **os.environ,
         "HOME": str(folder),
+        "TMPDIR": str(folder / "tmp"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
@@ -254,6 +257,7 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
     assert "stopped; the same command goes on from here" in out and "Traceback" not in out
     assert latest_checkpoint(f"{after_sft}/checkpoints/rl") is not None
     assert not (after_sft / "results/rl.json").exists()
+    assert_nothing_is_held(head)
 
     following = head.start(*submitting)
     eventually(lambda: rollout_workers(head), 60)
@@ -332,6 +336,32 @@ def shown(head: Head) -> dict[str, list[str]]:
         if actor["state"] == "ALIVE":
             names.setdefault(actor["class_name"], []).append(actor["repr_name"])
     return names
+
+
+def held(head: Head) -> dict[str, Any]:
+    """Return what is alive in the cluster, and which of its temporary files are aquarl's."""
+
+    def listed(kind: str) -> list[dict[str, Any]]:
+        body = json.loads(dashboard(head, f"/api/v0/{kind}?limit=1000&detail=true"))
+        found: list[dict[str, Any]] = body["data"]["result"]["result"]
+        return found
+
+    return {
+        "actors": [
+            actor["class_name"]
+            for actor in listed("actors")
+            if actor["state"] != "DEAD" and not actor["class_name"].startswith(KEPT)
+        ],
+        "placement groups": [x for x in listed("placement_groups") if x["state"] != "REMOVED"],
+        "objects": listed("objects"),
+        "temporary files": list((head.folder / "tmp").glob("aquarl*")),
+    }
+
+
+def assert_nothing_is_held(head: Head) -> None:
+    with suppress(AssertionError):
+        eventually(lambda: not any(held(head).values()), 30)
+    assert not {kind: found for kind, found in held(head).items() if found}
 
 
 def metrics_of(head: Head, name: str) -> str:

@@ -173,17 +173,25 @@ def test_a_finished_command_leaves_its_run_directory_and_nothing_else(finished: 
     assert not [f for f in finished.run.rglob("*") if f.name.endswith((".writing", ".replaced"))]
 
 
-def test_an_interrupted_command_leaves_nothing_either(after_sft: Path, tiny: str) -> None:
+@pytest.mark.parametrize("ending", ["interrupt", "failure"])
+def test_a_command_that_ends_early_leaves_nothing_either(
+    ending: str, after_sft: Path, tiny: str
+) -> None:
+    """But for Ray's logs, where it failed."""
     before = shared_memory()
+    is_failing = ending == "failure"
     seen = watched(
         after_sft, "rl", "--config", tiny, "rl.steps=2000",
-        until=lambda: latest_checkpoint(f"{after_sft}/checkpoints/rl"),
+        *(["rl.wait_timeout_s=0.01"] if is_failing else []),
+        until=lambda: not is_failing and latest_checkpoint(f"{after_sft}/checkpoints/rl"),
     )  # fmt: skip
-    assert seen.status == 130, seen.said.decode()
+    assert seen.status == (2 if is_failing else 130), seen.said.decode()
     assert b"Traceback" not in seen.said
     eventually(lambda: not processes_of(seen.temporary), 20)
     eventually(lambda: not shared_memory() - before, 20)
-    assert not left_in(seen.temporary)
+    left = [f for f in left_in(seen.temporary) if not re.match(r"ray/session_[^/]*/logs/", f)]
+    assert not left
+    assert bool(left_in(seen.temporary)) == is_failing
     assert not (after_sft / "ray_train").exists()
     shutil.rmtree(seen.temporary)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from aquarl.config import RLConfig
@@ -539,3 +541,29 @@ def test_where_weights_changed_on_the_way_each_token_counts_by_its_own() -> None
     seen = describe([replace(group, rollouts=(first, group.rollouts[1]))], step=5)
     assert (seen["rollout/staleness_1"], seen["rollout/staleness_2"]) == (2 / 7, 5 / 7)
     assert seen["rollout/staleness_max"] == 2, "the bound is about the oldest token"
+
+
+def test_the_stream_passes_groups_on_as_they_came_and_the_learner_finds_all_in_them() -> None:
+    stream = stream_of(refill_uniform_groups=True)
+    stream.publish(0)
+    sent = {}
+    while (lease := stream.lease("w", 0.0)) is not None:
+        for group in finished(lease):
+            told = (
+                replace(group.rollouts[0], text="Answer: A", letter="A", versions=(0,)),
+                replace(group.rollouts[1], logprobs=(-0.5, -1e-8), stopped=False, formatted=True),
+            )
+            group = sent[lease.id, group.index] = replace(group, rollouts=told)
+            assert stream.submit(pickle.loads(pickle.dumps(group)))
+    share = stream.step_share(0, 0, 1)
+    assert share is not None and len(share.groups) == 6
+    for group in share.groups:
+        assert "rollouts" not in vars(group), "nobody has opened it"
+        taken = pickle.loads(pickle.dumps(group))
+        same = sent[group.lease_id, group.index]
+        near = [  # log-probabilities are float32 values in any engine; here one is not
+            replace(rollout, logprobs=tuple(float(np.float32(x)) for x in rollout.logprobs))
+            for rollout in same.rollouts
+        ]
+        assert taken == replace(same, rollouts=tuple(near))
+    assert share.metrics == describe(list(sent.values()), 0) | {"reward/groups_set_aside": 0}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -36,6 +35,8 @@ from aquarl.cluster.results import STAGES, put_json, stands
 from aquarl.config import Config, build_config
 from aquarl.errors import ClusterError, ConfigError
 from aquarl.model.checkpoint import checkpoint_folder
+from aquarl.observe.machine import cpu_model
+from aquarl.storage import put
 from aquarl.tasks.catalog import load_problems
 
 LOOK_EVERY_S = 0.2
@@ -69,7 +70,7 @@ class Fault:
 
 
 def chaos(config: Config, *, minutes: float, every_s: float, seed: int) -> dict[str, Any]:
-    """Run RL in peace and under fire, compare, and write `chaos.json` into the run directory.
+    """Run RL in peace and under fire, compare, and write `chaos.json` and `.md` into `run.dir`.
 
     Args:
         config: Whose stages up to SFT stand in `run.dir` or are made first.
@@ -111,7 +112,7 @@ def chaos(config: Config, *, minutes: float, every_s: float, seed: int) -> dict[
         "holds": bool(faults)
         and all(run["holds"] for run in runs)
         and all(fault.recovered_s is not None or fault.run_ended_first for fault in faults),
-        "machine": _machine(),
+        "machine": f"{os.cpu_count()} x {cpu_model()}",
         "seed": seed,
         "every_s": every_s,
         "steps": config.rl.steps,
@@ -121,6 +122,7 @@ def chaos(config: Config, *, minutes: float, every_s: float, seed: int) -> dict[
         "faults": [asdict(fault) for fault in faults],
     }
     put_json(f"{config.run.dir}/chaos.json", report)
+    put(f"{config.run.dir}/chaos.md", page(report).encode())
     return report
 
 
@@ -367,30 +369,51 @@ def table_of(faults: Sequence[Fault]) -> list[dict[str, Any]]:
     return rows
 
 
-def show(report: dict[str, Any]) -> None:
-    """Print the table and what was compared."""
-    table = Table("fault", "injected", "recovered", "median s", "max s", "done again")
+HEADINGS = ("fault", "injected", "recovered", "median s", "max s", "done again")
+
+
+def cells(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the table's rows as text, under `HEADINGS`."""
     for row in report["table"]:
         ended = row["run_ended_first"]
-        table.add_row(
+        yield (
             row["fault"],
             str(row["injected"]),
             f"{row['recovered']} + {ended} at the end" if ended else str(row["recovered"]),
             *("-" if row[key] is None else f"{row[key]:.1f}" for key in ("median_s", "max_s")),
             f"{row['leases_again']} leases, {row['steps_again']} steps",
         )
-    console = Console()
-    console.print(f"Seconds to recover on {report['machine']}:")
-    console.print(table)
+
+
+def comparisons(report: dict[str, Any]) -> Iterator[str]:
+    """Yield a sentence on each disturbed run."""
     for number, run in enumerate(report["runs"], start=1):
         said = ", ".join(
             f"{name.replace('_', ' ')}: {'yes' if holds else 'NO'}"
             for name, holds in run["checks"].items()
         )
-        console.print(
+        yield (
             f"Disturbed run {number} took {run['wall_s']:.0f} s, in peace "
             f"{report['undisturbed_wall_s']:.0f} s. {said}."
         )
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the table and what was compared."""
+    table, console = Table(*HEADINGS), Console()
+    for row in cells(report):
+        table.add_row(*row)
+    console.print(f"Seconds to recover on {report['machine']}:")
+    console.print(table)
+    for sentence in comparisons(report):
+        console.print(sentence)
+
+
+def page(report: dict[str, Any]) -> str:
+    """Return chaos.md: the same for a page."""
+    rows = [HEADINGS, ("---",) * len(HEADINGS), *cells(report)]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return f"{table}\n" + "".join(f"{sentence}\n" for sentence in comparisons(report))
 
 
 def require(report: dict[str, Any], run_dir: str) -> None:
@@ -401,15 +424,3 @@ def require(report: dict[str, Any], run_dir: str) -> None:
             f"where, and both are in {run_dir}/chaos. This is a bug in aquarl, not in what you "
             f"typed: report it with seed {report['seed']}."
         )
-
-
-def _machine() -> str:
-    """Return the processor's name and how many there are."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            x.partition(":")[2].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        name = names[0] if names else name
-    return f"{os.cpu_count()} x {name}"

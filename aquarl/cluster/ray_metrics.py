@@ -5,9 +5,10 @@ Exact sums are counters (Ray's histograms approximate theirs); means are their q
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
-from ray.util.metrics import Counter, Gauge
+from ray.util import metrics
 
 from aquarl.records import Lease, RolloutGroup
 
@@ -18,13 +19,13 @@ class StreamMetrics:
     def __init__(self, run: str) -> None:
         tags = {"run": run}
 
-        def gauge(name: str, about: str) -> Gauge:
-            metric = Gauge(f"aquarl_{name}", about, ("run",))
+        def gauge(name: str, about: str) -> metrics.Gauge:
+            metric = metrics.Gauge(f"aquarl_{name}", about, ("run",))
             metric.set_default_tags(tags)
             return metric
 
-        def counter(name: str, about: str) -> Counter:
-            metric = Counter(f"aquarl_{name}", about, ("run",))
+        def counter(name: str, about: str) -> metrics.Counter:
+            metric = metrics.Counter(f"aquarl_{name}", about, ("run",))
             metric.set_default_tags(tags)
             return metric
 
@@ -40,14 +41,18 @@ class StreamMetrics:
         self._lost = counter("rollout_workers_lost_total", "Rollout workers that died.")
         self._set_aside = counter("leases_set_aside_total", "Leases that workers died over.")
         self._reward = counter("reward_total", "Sum of rewards of accepted rollouts.")
+        self._waiting: dict[str, float] = defaultdict(float)
+        self._behind = 0
 
-    def accepted(self, group: RolloutGroup, newest_version: int) -> None:
-        self._groups.inc()
-        self._rollouts.inc(len(group.rollouts))
-        self._tokens.inc(sum(len(rollout.ids) for rollout in group.rollouts))
-        if reward := sum(rollout.reward for rollout in group.rollouts):
-            self._reward.inc(reward)  # Ray refuses to add 0
-        self._staleness.set(newest_version - group.weights_version)
+    def accepted(self, groups: Sequence[RolloutGroup], newest_version: int) -> None:
+        """Count groups. Ray is told with the next `state`, as each call of its takes long."""
+        for group in groups:
+            seen = group.glance
+            self._waiting["groups"] += 1
+            self._waiting["rollouts"] += len(seen.lengths)
+            self._waiting["tokens"] += sum(seen.lengths)
+            self._waiting["reward"] += sum(seen.rewards)
+            self._behind = newest_version - group.weights_version
 
     def lost(self, set_aside: Sequence[Lease]) -> None:
         """Count a worker that died, and the leases that are set aside for it."""
@@ -58,6 +63,18 @@ class StreamMetrics:
     def state(
         self, *, depth: int, workers: int, wanted: int, wait_share: float, version: int
     ) -> None:
+        """Tell Ray how things stand, and what was accepted since it was told last."""
+        for total, name in (
+            (self._groups, "groups"),
+            (self._rollouts, "rollouts"),
+            (self._tokens, "tokens"),
+            (self._reward, "reward"),
+        ):
+            if self._waiting[name]:  # Ray refuses to add 0
+                total.inc(self._waiting[name])
+        if self._waiting["groups"]:
+            self._staleness.set(self._behind)
+        self._waiting.clear()
         self._depth.set(depth)
         self._workers.set(workers)
         self._wanted.set(wanted)

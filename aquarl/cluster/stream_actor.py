@@ -186,12 +186,14 @@ class StreamActor:
             await self._notify()
 
     async def _accept(self, groups: Sequence[RolloutGroup]) -> None:
-        for group in groups:
-            if self._stream.submit(group):
-                self._deaths_in_a_row = 0
-                self._metrics.accepted(group, self._stream.version)
-        # Groups make work for others only by refilling; waking hundreds for nothing costs much.
-        await self._notify(workers=self._config.rl.refill_uniform_groups)
+        accepted = [group for group in groups if self._stream.submit(group)]
+        if accepted:
+            self._deaths_in_a_row = 0
+            self._metrics.accepted(accepted, self._stream.version)
+        # Waking those who wait costs more than booking a lease, so it is done where it helps: the
+        # learner when all it waits for is in, workers where refilling makes work for them.
+        if accepted and self._stream.is_complete_with(accepted[-1]):
+            await self._notify(workers=self._config.rl.refill_uniform_groups)
 
     async def _bury(self, name: str, error: RayError) -> None:
         """Free a dead worker's lease and hire another, unless too many died already."""
@@ -323,6 +325,8 @@ class StreamActor:
             await self._wait(deadline)
         for worker in self._workers.values():
             ray.kill(worker)
+        if self._begun:
+            self._tell_state()
 
     # Waiting.
 
@@ -379,13 +383,16 @@ class StreamActor:
             stream = self._stream
             if stream.expire(time.monotonic()):
                 await self._notify()
-            self._metrics.state(
-                depth=stream.depth,
-                workers=self._workers_up(),
-                wanted=self._wanted,
-                wait_share=self._wait_share,
-                version=stream.version,
-            )
+            self._tell_state()
+
+    def _tell_state(self) -> None:
+        self._metrics.state(
+            depth=self._stream.depth,
+            workers=self._workers_up(),
+            wanted=self._wanted,
+            wait_share=self._wait_share,
+            version=self._stream.version,
+        )
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

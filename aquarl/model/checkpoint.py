@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import zlib
 from typing import Any
@@ -121,7 +122,7 @@ def load_training(folder: str) -> dict[str, Any]:
     """Return what `save_checkpoint` was given as `training`.
 
     Raises:
-        CheckpointError: It is missing or damaged, or was saved without.
+        CheckpointError: It is missing or damaged, was saved without, or asks for code to be run.
     """
     meta, files = _read(folder, ("training.pt",))
     if "training.pt" not in meta["files"]:
@@ -129,7 +130,14 @@ def load_training(folder: str) -> dict[str, Any]:
             f"{folder} holds a policy but not the state to go on training it. "
             "Start its stage anew, or from an earlier checkpoint."
         )
-    loaded: dict[str, Any] = torch.load(io.BytesIO(files["training.pt"]), weights_only=True)
+    try:
+        loaded: dict[str, Any] = torch.load(io.BytesIO(files["training.pt"]), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"training.pt in {folder} holds more than tensors and numbers, as no checkpoint of "
+            "aquarl does: it could run any code, so it is not loaded. Find out who wrote it; to go "
+            "on without it, delete that stage's folder and start the stage anew."
+        ) from error
     return loaded
 
 

@@ -20,16 +20,24 @@ from aquarl.storage import put
 
 
 class Ledger:
-    """Held by the learner's first rank. Lines reach the file when the checkpoint does."""
+    """Held by the learner's first rank. Lines reach the file when the checkpoint does.
+
+    What is in the file is not kept in memory: a long run would grow with it.
+    """
 
     def __init__(self, run_dir: str, step: int) -> None:
         """Open the ledger of a run that stands at this step, taking back what came after it."""
         self._path = f"{run_dir}/ledger.jsonl"
         self._lines: list[str] = []
+        """Of the steps since the last checkpoint."""
+        before = [x for x in self._written().splitlines(True) if json.loads(x)["step"] < step]
+        self._bytes = sum(map(len, before))
+        """How much of the file stands; steps are in order, so what does not is its end."""
+
+    def _written(self) -> bytes:
         fs, path = fsspec.url_to_fs(self._path)
-        if fs.exists(path):
-            lines = fs.cat_file(path).decode().splitlines()
-            self._lines = [line for line in lines if json.loads(line)["step"] < step]
+        body: bytes = fs.cat_file(path) if fs.exists(path) else b""
+        return body
 
     def add(
         self, step: int, groups: Sequence[RolloutGroup], set_aside: Sequence[Lease] = ()
@@ -65,7 +73,10 @@ class Ledger:
 
     def write(self) -> None:
         """Make the file say all of it. Raises: StorageError."""
-        put(self._path, "".join(f"{line}\n" for line in self._lines).encode())
+        new = "".join(f"{line}\n" for line in self._lines).encode()
+        body = self._written()[: self._bytes] + new
+        put(self._path, body)
+        self._lines, self._bytes = [], len(body)
 
 
 def read_ledger(run_dir: str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 
 from aquarl.config import RLConfig
 from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare
@@ -63,6 +64,9 @@ class RolloutStream:
         self.next_step, self.next_position = step, position
         self._asked_step = step
         self._open: dict[int, _Open] = {}
+        self._waiting: list[tuple[bool, int]] = []
+        """A heap of leases to give: evaluations first, as the learner waits for them, then the
+        oldest. Those that need not be given any more are dropped when they come to the top."""
         self._leases_of_step: dict[int, list[int]] = {}
         self._start_of_step: dict[int, int] = {}
         self._evaluations: dict[str, list[int]] = {}
@@ -90,6 +94,15 @@ class RolloutStream:
         self.counts["groups"] += 1
         self._when_finished(entry)
         return True
+
+    def is_complete_with(self, group: RolloutGroup) -> bool:
+        """Return whether the step, or the evaluation, of a group has all its groups now."""
+        lease = self._open[group.lease_id].lease
+        if lease.purpose == "train":
+            leases = self._leases_of_step.get(lease.step, [])
+        else:
+            leases = self._evaluations.get(lease.purpose, [])
+        return all(self._open[lease_id].is_finished for lease_id in leases)
 
     def lost(self, worker: str) -> list[Lease]:
         """Free the unfinished leases of a dead worker, or set them aside. Returns them.
@@ -138,8 +151,8 @@ class RolloutStream:
             trained = useful if len(useful) >= world else groups  # each rank needs a group
         return StepShare(
             groups=tuple(trained[rank::world]),
-            tokens_in_step=sum(len(r.ids) for group in trained for r in group.rollouts),
-            rollouts_in_step=sum(len(group.rollouts) for group in trained),
+            tokens_in_step=sum(sum(group.glance.lengths) for group in trained),
+            rollouts_in_step=sum(len(group.glance.lengths) for group in trained),
             metrics=describe(groups, step)
             | {"reward/groups_set_aside": sum(len(x.prompts) for x in self.set_aside(step))},
         )
@@ -204,14 +217,22 @@ class RolloutStream:
         return dict(Counter(busy))
 
     def _first_free(self) -> _Open | None:
-        entries = self._open.values()
-        return next((e for e in entries if e.worker is None and not e.is_finished), None)
+        while self._waiting:
+            entry = self._open.get(self._waiting[0][1])
+            if entry is not None and entry.worker is None and not entry.is_finished:
+                return entry
+            heappop(self._waiting)
+        return None
+
+    def _queue(self, lease: Lease) -> None:
+        heappush(self._waiting, (lease.purpose == "train", lease.id))
 
     def _free(self, entries: Iterable[_Open]) -> list[_Open]:
         freed = [entry for entry in entries if not entry.is_finished]
         for entry in freed:
             entry.worker = None
             entry.lease = replace(entry.lease, attempt=entry.lease.attempt + 1)
+            self._queue(entry.lease)
         self.counts["reissued"] += len(freed)
         return freed
 
@@ -265,11 +286,10 @@ class RolloutStream:
     ) -> int:
         lease = Lease(self._ids, step, prompts, seeds, sampling, self.version, purpose)
         deaths = self._bad.get(_signature(lease))
-        entry = _Open(replace(lease, deaths=deaths or 0), is_set_aside=deaths is not None)
-        if purpose == "train":
-            self._open[lease.id] = entry
-        else:  # evaluations go first: the learner waits for them
-            self._open = {lease.id: entry} | self._open
+        self._open[lease.id] = _Open(
+            replace(lease, deaths=deaths or 0), is_set_aside=deaths is not None
+        )
+        self._queue(lease)
         self._ids += 1
         return lease.id
 
@@ -313,42 +333,34 @@ def what_is_set_aside(lease: Lease) -> str:
 
 def is_uniform(group: RolloutGroup) -> bool:
     """Return whether all rewards of a group are equal: it has nothing to teach."""
-    return len({rollout.reward for rollout in group.rollouts}) == 1
+    return len(set(group.glance.rewards)) == 1
 
 
 def describe(groups: Sequence[RolloutGroup], step: int) -> Metrics:
     """Return what to plot about a step's groups; of none, that there are none."""
     if not groups:
         return {"reward/groups": 0}
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    n, lengths = len(rollouts), [len(rollout.ids) for rollout in rollouts]
-    right = sum(r.letter == g.prompt.answer_letter for g in groups for r in g.rollouts)
+    seen = [(group, group.glance) for group in groups]
+    n = sum(len(glance.lengths) for _, glance in seen)
+    right = sum(glance.letters.count(group.prompt.answer_letter) for group, glance in seen)
+    no_letter = sum(glance.letters.count(None) for _, glance in seen)
     sample_s = sum(group.sample_s for group in groups)
     staleness = [step - group.weights_version for group in groups]
-    ages = _token_ages(groups, step)
+    ages: Counter[int] = Counter()  # of tokens, in versions before the step's own
+    for _, glance in seen:
+        for version, tokens in glance.tokens_of_version.items():
+            ages[step - version] += tokens
     return {
-        "reward/mean": sum(rollout.reward for rollout in rollouts) / n,
+        "reward/mean": sum(sum(glance.rewards) for _, glance in seen) / n,
         "reward/accuracy": right / n,
-        "reward/committed_fraction": sum(r.letter is not None for r in rollouts) / n,
+        "reward/committed_fraction": (n - no_letter) / n,
         "reward/uniform_groups": sum(map(is_uniform, groups)),
         "reward/groups": len(groups),
-        "rollout/length_mean": sum(lengths) / n,
-        "rollout/cut_fraction": sum(not rollout.stopped for rollout in rollouts) / n,
+        "rollout/length_mean": sum(sum(glance.lengths) for _, glance in seen) / n,
+        "rollout/cut_fraction": sum(glance.stopped.count(False) for _, glance in seen) / n,
         "rollout/staleness_mean": sum(staleness) / len(staleness),
         "rollout/staleness_max": max(staleness),
         "time/sample_s": sample_s,
         "time/sample_per_worker_s": sample_s / len({group.worker for group in groups}),
         "time/fetch_s": sum(group.fetch_s for group in groups),
     } | {f"rollout/staleness_{age}": ages[age] / ages.total() for age in sorted(ages)}
-
-
-def _token_ages(groups: Sequence[RolloutGroup], step: int) -> Counter[int]:
-    """Return how many tokens were sampled how many versions before the step's own."""
-    ages: Counter[int] = Counter()
-    for group in groups:
-        for rollout in group.rollouts:
-            if rollout.versions:
-                ages.update(step - version for version in rollout.versions)
-            else:
-                ages[step - group.weights_version] += len(rollout.ids)
-    return ages
