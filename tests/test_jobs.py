@@ -213,7 +213,7 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
     here = ["--config", tiny, f"run.dir={after_sft}"]
     submitting = ["submit", "rl", *here, f"cluster.address={head.dashboard}"]
     following = head.start(*submitting)
-    worker = eventually(lambda: rollout_workers(head), 120)[0]
+    worker = eventually(lambda: rollout_workers(head), 60)[0]
     eventually((after_sft / "checkpoints/rl/step_000002/meta.json").exists, 60)
     os.kill(worker, signal.SIGSTOP)  # the run waits for its lease and is not over too soon
     try:
