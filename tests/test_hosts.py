@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,8 +81,8 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="aquarl_hosts_"))
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("hosts")
     (folder / "token").write_text("0123456789abcdef" * 4)
     (folder / "autoscaler.json").write_text(json.dumps(AUTOSCALER))
     environment = {
@@ -102,19 +100,16 @@ def cluster() -> Iterator[Cluster]:
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     }
     environment.pop("RAY_ADDRESS", None)
-    try:
-        with switched(environment) as switch:
-            head, learner, *rollouts = (switch.host() for _ in range(4))
-            head.environment["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = HEAD_ID
-            as_head = f"--head --autoscaling-config={folder}/autoscaler.json"
-            ray_up(head, folder, f"{as_head} --dashboard-host=127.0.0.1 --num-cpus=0")
-            join = f"--address={head.address}:6379"
-            ray_up(learner, folder, f"{join} --num-cpus=5")
-            for host in rollouts:
-                ray_up(host, folder, f"{join} --num-cpus=4")
-            yield Cluster(switch, head, learner, (rollouts[0], rollouts[1]))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with switched(environment) as switch:
+        head, learner, *rollouts = (switch.host() for _ in range(4))
+        head.environment["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = HEAD_ID
+        as_head = f"--head --autoscaling-config={folder}/autoscaler.json"
+        ray_up(head, folder, f"{as_head} --dashboard-host=127.0.0.1 --num-cpus=0")
+        join = f"--address={head.address}:6379"
+        ray_up(learner, folder, f"{join} --num-cpus=5")
+        for host in rollouts:
+            ray_up(host, folder, f"{join} --num-cpus=4")
+        yield Cluster(switch, head, learner, (rollouts[0], rollouts[1]))
 
 
 def ray_up(host: Host, folder: Path, options: str) -> None:
