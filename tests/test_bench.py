@@ -135,8 +135,8 @@ def test_more_prompts_than_problems_are_refused(tmp_path: Any) -> None:
 
 
 def test_the_command_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--size 1,32,2,512 --prompts 2 --samples 2 --max-new 3 --repeats 1 --json".split()
-    assert main(["bench", "rollouts", *words]) == 0
+    counts = ["--prompts", "2", "--samples", "2", "--max-new", "3", "--repeats", "1"]
+    assert main(["bench", "rollouts", "--size", "1,32,2,512", *counts, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == 12
 
 
