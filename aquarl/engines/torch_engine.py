@@ -33,6 +33,9 @@ LOOK_EVERY = 8
 COMPACT_BELOW = 0.8
 """Rows are copied together once this share of them, or less, is still needed."""
 
+FORMS_KEPT = 3
+"""Of static batches: prompts of two lengths in training, and an evaluation."""
+
 PROMPTS_TOGETHER = {"cpu": 4, "cuda": 1 << 20}
 """Prompts of like length that are padded to one length: few on a CPU, which computes padding."""
 
@@ -59,7 +62,7 @@ class TorchSampler:
         is_gpu = device.startswith("cuda")
         dtype = dtype or (torch.bfloat16 if is_gpu else torch.float32)
         self._is_static = is_gpu if is_static is None else is_static
-        self._static: StaticBatch | None = None
+        self._static: dict[Form, StaticBatch] = {}
         self.model = model.to(device).in_precision(dtype).eval().requires_grad_(False)
         self.decoder = Decoder(self.model)
         self.stop_id, self.device, self.version = stop_id, torch.device(device), -1
@@ -121,10 +124,12 @@ class TorchSampler:
         prefix = Prefix(lengths_P)
         hidden_PTD = self.model(ids_PT, prefix)
         last_hidden_PD = hidden_PTD[torch.arange(form.prompts), lengths_P - 1]
-        if self._static is None or self._static.form != form:
-            self._static = None  # first give back what the old one holds
-            self._static = StaticBatch(self.decoder, form, prefix)
-        static, real = self._static, batch.rows_B
+        if (static := self._static.pop(form, None)) is None:
+            while len(self._static) >= FORMS_KEPT:  # the one that was used least lately
+                del self._static[next(iter(self._static))]
+            static = StaticBatch(self.decoder, form, prefix)
+        self._static[form] = static
+        real = batch.rows_B
         missing = form.prompts * batch.G - len(real)
         static.begin(prefix, last_hidden_PD, F.pad(uniforms_TB, (0, missing)))
         for t in range(len(uniforms_TB)):
