@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,17 +140,18 @@ def run(device: str, *, small: bool, minutes: float) -> dict[str, Any]:
             return None
 
     for name, check in CHECKS.items():
-        if (seen := in_time(name, lambda check=check: check(checked, device))) is not None:  # type: ignore[misc]
+        if (seen := in_time(name, partial(check, checked, device))) is not None:
             result["checks"][name] = seen
     for kind in ("step", *(kind for kind in PIECES if kind != "step")):
-        lines = in_time(
-            f"bench {kind}",
-            lambda kind=kind: bench(  # type: ignore[misc]
-                kind, measured, engines=["torch"], repeats=3, threads=1, device=device
-            ),
-        )
+        settings: dict[str, Any] = {
+            "engines": ["torch"],
+            "repeats": 3,
+            "threads": 1,
+            "device": device,
+        }
+        lines = in_time(f"bench {kind}", partial(bench, kind, measured, **settings))
         result["bench"] += lines or []
-    result["profile"] = in_time("profile of a step", lambda: profiled(measured, device)) or []
+    result["profile"] = in_time("profile of a step", partial(profiled, measured, device)) or []
     result["seconds"] = round(time.monotonic() - began, 1)
     return result
 
