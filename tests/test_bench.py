@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_the_same_seed_is_the_same_work() -> None:
 
 def test_one_run_does_not_count_and_pieces_take_turns() -> None:
     ran: list[str] = []
-    made = {name: pieces.Piece(lambda n=name: ran.append(n), 1, 0.0) for name in "ab"}  # type: ignore[misc]
+    made = {name: pieces.Piece(partial(ran.append, name), 1, 0.0) for name in "ab"}
     measure(made, repeats=2, device="cpu")
     assert ran == list("ababab")
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
@@ -135,8 +136,8 @@ def test_more_prompts_than_problems_are_refused(tmp_path: Any) -> None:
 
 
 def test_the_command_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--size 1,32,2,512 --prompts 2 --samples 2 --max-new 3 --repeats 1 --json".split()
-    assert main(["bench", "rollouts", *words]) == 0
+    counts = ["--prompts", "2", "--samples", "2", "--max-new", "3", "--repeats", "1"]
+    assert main(["bench", "rollouts", "--size", "1,32,2,512", *counts, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == 12
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from aquarl.engines.torch_engine import TorchSampler, draw, draw_from_any
+from aquarl.engines.drawing import draw, draw_from_any
+from aquarl.engines.torch_engine import TorchSampler
 from aquarl.errors import ConfigError
 from aquarl.model.attention import Continuation, Prefix
 from aquarl.model.flat_weights import flatten

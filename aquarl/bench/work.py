@@ -81,12 +81,12 @@ class Work:
         task = {} if self.problems is None else {"task": self.problems}
         splits = load_problems(DataConfig.model_validate(task), self.seed)
         found = (*splits.train, *splits.validation)[:TOKENIZER_PROBLEMS]
-        words = Tokenizer.train(map(question_text, found), TOKENIZER_SIZE)
         if len(found) < self.prompts:
             raise ConfigError(
-                f"{self.problems} holds {len(found)} problems, but --prompts asks for "
-                f"{self.prompts}. Ask for fewer, or name a larger file."
+                f"{self.problems or 'The generated set'} holds {len(found)} problems, but "
+                f"--prompts asks for {self.prompts}. Ask for fewer, or name a larger file."
             )
+        words = Tokenizer.train(map(question_text, found), TOKENIZER_SIZE)
         prompts = [to_prompt(problem, words) for problem in found[: self.prompts]]
         return prompts, words
 

@@ -125,7 +125,8 @@ class _Receiver:
     def __init__(self, shape: Shape, stream: Any, threads: int) -> None:
         torch.set_num_threads(threads)
         keep_memory()
-        self._sampler, self._stream, self._have = TorchSampler(GPT(shape), -1), stream, None
+        self._sampler, self._stream = TorchSampler(GPT(shape), -1), stream
+        self._have: tuple[int, int] | None = None
 
     def take(self) -> tuple[float, float]:
         """Wait for weights that are new here and load them. Returns the seconds to fetch them,

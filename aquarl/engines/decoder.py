@@ -79,6 +79,11 @@ class Decoder:
                 part.copy_(linear.weight.view(part.shape)[:, self.pairs_K])
             v.copy_(block.attn.c_v.weight.view(v.shape))
 
+    def turns_after(self, lengths_P: Tensor, room: int) -> Tensor:
+        """Return (T, P, K / 2) complex: by what each of so many positions after these is turned."""
+        steps_T = torch.arange(room, device=lengths_P.device)
+        return self.turns_TK[steps_T[:, None] + lengths_P]
+
     def squashed(self, hidden_BD: Tensor) -> Tensor:
         """Return (B, V) fp32 numbers s in [0, 1] of which the logits are (2 s - 1) * SOFT_CAP.
 
@@ -101,15 +106,16 @@ class Decoding:
 
     def __init__(self, decoder: Decoder, prefixes: Sequence[Prefix], G: int, room: int) -> None:
         self.decoder, self.G, self.room = decoder, G, room
-        self.prompts = [_Prompts(prefix, decoder.pairs_K) for prefix in prefixes]
+        self.prompts = [SharedPrompts(prefix, decoder.pairs_K) for prefix in prefixes]
         lengths_P = torch.cat([prefix.lengths_P for prefix in prefixes])
         self.P = len(lengths_P)
         self.length = 0
         """Positions of the answers that are in the cache already."""
-        steps_T = torch.arange(room, device=lengths_P.device)
-        self.turns_TPK = decoder.turns_TK[steps_T[:, None] + lengths_P]
+        self.turns_TPK = decoder.turns_after(lengths_P, room)
         like = prefixes[0].keys_values[0][0]
         self.cache = [self._empty(like, FIRST_ROOM) for _ in range(decoder.shape.layers)]
+
+    # What `graphs.py` does otherwise: room, where the next position's angles are, the appending.
 
     def _empty(self, like: Tensor, room: int) -> tuple[Tensor, Tensor]:
         """Return room for keys (P, J, G, room, K) and for values and ones (P, J, G, room, W)."""
@@ -120,13 +126,29 @@ class Decoding:
         values[..., K] = 1.0
         return keys, values
 
-    def _grow(self) -> None:
-        """Make room for as many positions again."""
+    def _make_room(self) -> None:
+        """Have room for one more position: for as many again, where there is none."""
         S = self.length
+        if self.cache[0][0].shape[3] > S:
+            return
         for number, old in enumerate(self.cache):
             self.cache[number] = self._empty(old[0], 2 * S)
             for new, full in zip(self.cache[number], old, strict=True):
                 new[:, :, :, :S] = full
+
+    def _turns_PK(self) -> Tensor:
+        return self.turns_TPK[self.length]
+
+    def _remember(
+        self, number: int, k_PGJK: Tensor, v_PGJK: Tensor, turns_P11K: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Append a key, turned, and a value to a layer's cache. Return all of it that is in use:
+        keys (A, S, K), values and ones (A, S, W)."""
+        keys, values = self.cache[number]
+        turn(k_PGJK, turns_P11K, keys[:, :, :, self.length].transpose(1, 2))
+        values[:, :, :, self.length, :-1] = v_PGJK.transpose(1, 2)
+        S = self.length + 1
+        return keys.flatten(0, 2)[:, :S], values.flatten(0, 2)[:, :S]
 
     def keep(self, prompts: Tensor, answers_PG: Tensor) -> None:
         """Drop all rows but these answers of these prompts (ascending), in the old numbering."""
@@ -146,10 +168,9 @@ class Decoding:
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Return normalised hidden states (B, D) after one more token in each row."""
-        if self.length == self.cache[0][0].shape[3]:
-            self._grow()
+        self._make_room()
         x_BD = self.decoder.embedding_VD.index_select(0, ids_B)
-        turns_P11K = self.turns_TPK[self.length][:, None, None]
+        turns_P11K = self._turns_PK()[:, None, None]
         for number, layer in enumerate(self.decoder.layers):
             y_BD = self._attend(number, _normed(x_BD) @ layer.qkv_XD.T, turns_P11K)
             x_BD = torch.addmm(x_BD, y_BD, layer.out_DD.T)
@@ -163,13 +184,11 @@ class Decoding:
         shape, P, G = self.decoder.shape, self.P, self.G
         H, J, K = shape.heads, shape.kv_heads, shape.head_width
         R = H // J
-        keys, values = self.cache[number]
         qkv = qkv_BX.view(P, G, H + 2 * J, K)
         qk = self._unit(qkv[:, :, : H + J])
-        q = keys.new_empty(P, J, G, R, K)
-        _turn(qk[:, :, :H].view(P, G, J, R, K), turns_P11K[:, None], q.transpose(1, 2))
-        _turn(qk[:, :, H:], turns_P11K, keys[:, :, :, self.length].transpose(1, 2))
-        values[:, :, :, self.length, :K] = qkv[:, :, H + J :].transpose(1, 2)
+        q = qkv.new_empty(P, J, G, R, K)
+        turn(qk[:, :, :H].view(P, G, J, R, K), turns_P11K[:, None], q.transpose(1, 2))
+        k_ASK, v_ASW = self._remember(number, qk[:, :, H:], qkv[:, :, H + J :], turns_P11K)
 
         sums = q.new_empty(P, J, G, R, K + 1)
         start = 0
@@ -177,8 +196,6 @@ class Decoding:
             rows = slice(start, start + part.count)
             part.attend(number, q[rows].view(-1, G * R, K), sums[rows].view(-1, G * R, K + 1))
             start += part.count
-        S = self.length + 1
-        k_ASK, v_ASW = keys.flatten(0, 2)[:, :S], values.flatten(0, 2)[:, :S]
         weights_ARS = torch.bmm(q.view(-1, R, K), k_ASK.transpose(1, 2)).exp_()
         sums_ARW = sums.view(-1, R, K + 1)
         torch.baddbmm(sums_ARW, weights_ARS, v_ASW, out=sums_ARW)
@@ -194,7 +211,7 @@ class Decoding:
         return wide.mul_(torch.addcmul(decoder.eps_X1, squares, decoder.slopes_X1).rsqrt_())
 
 
-class _Prompts:
+class SharedPrompts:
     """Some prompts of all layers: keys (count * J, L, K), values and ones (count * J, L, W)."""
 
     def __init__(self, prefix: Prefix, pairs_K: Tensor) -> None:
@@ -229,7 +246,7 @@ def _normed(x: Tensor) -> Tensor:
     return (x * scale).to(x.dtype)
 
 
-def _turn(pairs: Tensor, turns: Tensor, out: Tensor) -> None:
+def turn(pairs: Tensor, turns: Tensor, out: Tensor) -> None:
     """Write heads whose dimensions come in pairs, each pair turned, to `out`."""
     turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
     if out.dtype == pairs.dtype:

@@ -1,10 +1,9 @@
 """Prompts in, rollouts out, with plain torch on any device: the engine that runs everywhere.
 
 All prompts of a call are one batch. Each is computed once and its keys and values are shared by
-its G answers; `decoder.py` does the rest of the model's work. Finished rows are dropped from the
-batch. Every row has a generator of its own, so what is drawn does not depend on its neighbours.
-
-Draws by inverting the distribution function: one uniform number a token.
+its G answers; `decoder.py` does the rest of the model's work, `drawing.py` draws. Finished rows are
+dropped from the batch. Every row has a generator of its own, so what is drawn does not depend on
+its neighbours. On a GPU the same is recorded once and replayed (`graphs.py`).
 
 Weights may change inside a generation: `newer_weights` is asked before every token. The keys and
 values that older ones made are kept (arXiv:2509.19128, "in-flight weight updates"); each token is
@@ -20,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aquarl.engines.decoder import Decoder, Decoding
+from aquarl.engines.drawing import draw
+from aquarl.engines.graphs import Form, StaticBatch, padded
 from aquarl.errors import ConfigError
 from aquarl.model.attention import Prefix
 from aquarl.model.flat_weights import load_flat
-from aquarl.model.gpt import GPT, SOFT_CAP
-from aquarl.model.head import COLDEST
+from aquarl.model.gpt import GPT
 from aquarl.records import Prompt, Rollout, Sampling, Weights
 
 LOOK_EVERY = 8
@@ -33,11 +33,11 @@ LOOK_EVERY = 8
 COMPACT_BELOW = 0.8
 """Rows are copied together once this share of them, or less, is still needed."""
 
+FORMS_KEPT = 3
+"""Of static batches: prompts of two lengths in training, and an evaluation."""
+
 PROMPTS_TOGETHER = {"cpu": 4, "cuda": 1 << 20}
 """Prompts of like length that are padded to one length: few on a CPU, which computes padding."""
-
-TOKENS_TOGETHER = 32
-"""Where a token is drawn from: first among sums over so many, then among these."""
 
 
 class TorchSampler:
@@ -47,12 +47,22 @@ class TorchSampler:
         model: Taken over: moved to the device and into the precision.
         stop_id: The token that ends an answer.
         dtype: bf16 on a GPU and fp32 elsewhere, unless it is said.
+        is_static: Tensors keep their shapes, which on a GPU are recorded as CUDA graphs
+            (`graphs.py`); so on a GPU and not elsewhere, unless it is said.
     """
 
     def __init__(
-        self, model: GPT, stop_id: int, device: str = "cpu", dtype: torch.dtype | None = None
+        self,
+        model: GPT,
+        stop_id: int,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        is_static: bool | None = None,
     ) -> None:
-        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        is_gpu = device.startswith("cuda")
+        dtype = dtype or (torch.bfloat16 if is_gpu else torch.float32)
+        self._is_static = is_gpu if is_static is None else is_static
+        self._static: dict[Form, StaticBatch] = {}
         self.model = model.to(device).in_precision(dtype).eval().requires_grad_(False)
         self.decoder = Decoder(self.model)
         self.stop_id, self.device, self.version = stop_id, torch.device(device), -1
@@ -71,24 +81,65 @@ class TorchSampler:
         P, G, T = len(prompts), len(seeds[0]), sampling.max_new_tokens
         self._check_room(prompts, T)
         by_length = sorted(range(P), key=lambda p: len(prompts[p].ids))
-        prefixes, last_hidden_PD = self._prefill([prompts[p].ids for p in by_length])
+        rows = [prompts[p].ids for p in by_length]
         uniforms_TB = _uniforms([seeds[p] for p in by_length], T).T.to(self.device)
-        answers = Decoding(self.decoder, prefixes, G, room=T)
         batch = _Batch(P, G, T, self.stop_id, self.device)
-        squashed_BV = self.decoder.squashed(last_hidden_PD).repeat_interleave(G, dim=0)
+        sample = self._sample_static if self._is_static else self._sample
+        sample(rows, uniforms_TB, sampling, batch)
+        rollouts_of = dict(zip(by_length, batch.rollouts(), strict=True))
+        return [rollouts_of[p] for p in range(P)]
 
-        for t in range(T):
-            ids_B, logprobs_B = draw(squashed_BV, uniforms_TB[t, batch.rows_B], sampling)
+    def _sample(
+        self,
+        rows: Sequence[Sequence[int]],
+        uniforms_TB: Tensor,
+        sampling: Sampling,
+        batch: _Batch,
+    ) -> None:
+        prefixes, last_hidden_PD = self._prefill(rows)
+        answers = Decoding(self.decoder, prefixes, batch.G, room=len(uniforms_TB))
+        squashed_BV = self.decoder.squashed(last_hidden_PD).repeat_interleave(batch.G, dim=0)
+        for t, uniforms_B in enumerate(uniforms_TB):
+            ids_B, logprobs_B = draw(squashed_BV, uniforms_B[batch.rows_B], sampling)
             batch.record(ids_B, logprobs_B, self.version)
-            if t == T - 1 or ((is_time := t % LOOK_EVERY == 0) and batch.is_done):
+            is_time = t % LOOK_EVERY == 0
+            if t == len(uniforms_TB) - 1 or (is_time and batch.is_done):
                 break
             if is_time and (kept_B := batch.compact(answers)) is not None:
                 ids_B = ids_B[kept_B]
             if (weights := self.newer_weights()) is not None:
                 self.load_weights(weights)
             squashed_BV = self.decoder.squashed(answers.step(ids_B))
-        rows = dict(zip(by_length, batch.rollouts(), strict=True))
-        return [rows[p] for p in range(P)]
+
+    def _sample_static(
+        self,
+        rows: Sequence[Sequence[int]],
+        uniforms_TB: Tensor,
+        sampling: Sampling,
+        batch: _Batch,
+    ) -> None:
+        """As `_sample`, with finished rows going on unheard until all are."""
+        form = Form.holding(rows, batch.G, sampling)
+        ids_PT, lengths_P = pad(padded(rows, form), self.device, form.length)
+        prefix = Prefix(lengths_P)
+        hidden_PTD = self.model(ids_PT, prefix)
+        last_hidden_PD = hidden_PTD[torch.arange(form.prompts), lengths_P - 1]
+        if (static := self._static.pop(form, None)) is None:
+            while len(self._static) >= FORMS_KEPT:  # the one that was used least lately
+                del self._static[next(iter(self._static))]
+            static = StaticBatch(self.decoder, form, prefix)
+        self._static[form] = static
+        real = batch.rows_B
+        missing = form.prompts * batch.G - len(real)
+        static.begin(prefix, last_hidden_PD, F.pad(uniforms_TB, (0, missing)))
+        for t in range(len(uniforms_TB)):
+            drawn_from = self.version
+            if (weights := self.newer_weights()) is not None:
+                self.load_weights(weights)  # `token` draws from what the old ones computed
+            static.token()
+            batch.record(static.ids_TB[t, real], static.logprobs_TB[t, real], drawn_from)
+            if t % LOOK_EVERY == 0 and batch.is_done:
+                break
 
     @torch.inference_mode()
     def letter_logprobs(
@@ -194,61 +245,15 @@ class _Batch:
         return versions if versions[0] != versions[-1] else ()
 
 
-def draw(squashed_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Return one id a row and its log-probability in the distribution it was drawn from.
-
-    Args:
-        squashed_BV: (B, V) fp32 in [0, 1], from `Decoder.squashed`: the logits before the cap
-            widens them.
-        uniforms_B: (B,) in [0, 1).
-        sampling: Temperature 0 takes the likeliest token and gives its logprob at temperature 1.
-    """
-    if sampling.top_k or sampling.temperature < COLDEST:
-        return draw_from_any((2 * squashed_BV - 1) * SOFT_CAP, uniforms_B, sampling)
-    # Capped as they are, no maximum has to be taken off the logits before.
-    least = torch.tensor(-SOFT_CAP / sampling.temperature)
-    chances_BV = torch.add(least, squashed_BV, alpha=2 * SOFT_CAP / sampling.temperature).exp_()
-    B, V = chances_BV.shape
-    chances_BCX = F.pad(chances_BV, (0, -V % TOKENS_TOGETHER)).view(B, -1, TOKENS_TOGETHER)
-    sums_BC = chances_BCX.sum(dim=2).cumsum(dim=1)
-    thresholds_B1 = uniforms_B[:, None] * sums_BC[:, -1:]
-    places_B1 = torch.searchsorted(sums_BC, thresholds_B1, right=True)
-    places_B1.clamp_(max=sums_BC.shape[1] - 1)
-    before_B1 = F.pad(sums_BC, (1, 0)).gather(1, places_B1)
-    chances_BX = chances_BCX[torch.arange(B, device=places_B1.device), places_B1[:, 0]]
-    within_B1 = torch.searchsorted(chances_BX.cumsum(dim=1), thresholds_B1 - before_B1, right=True)
-    # Rounding may let the last sum fall short of the threshold.
-    within_B1.clamp_(max=TOKENS_TOGETHER - 1)
-    ids_B1 = (places_B1 * TOKENS_TOGETHER + within_B1).clamp_(max=V - 1)
-    chosen_B1 = chances_BV.gather(1, ids_B1)
-    return ids_B1[:, 0], (chosen_B1 / sums_BC[:, -1:]).log_()[:, 0]
-
-
-def draw_from_any(
-    logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling
+def pad(
+    rows: Sequence[Sequence[int]], device: torch.device, length: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """As `draw`, from logits (B, V) fp32 of any size, at any temperature, with `top_k`."""
-    if sampling.temperature > 0:
-        logits_BV = logits_BV / sampling.temperature
-    if sampling.top_k:
-        kth_B1 = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1])).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
-    logprobs_BV = logits_BV.log_softmax(dim=-1)
-    if sampling.temperature > 0:
-        cumulative_BV = logprobs_BV.exp().cumsum(dim=-1)
-        thresholds_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
-        # right=True: never a token of probability 0, whose step in the sum is flat.
-        ids_B1 = torch.searchsorted(cumulative_BV, thresholds_B1, right=True)
-        ids_B1 = ids_B1.clamp(max=logits_BV.shape[1] - 1)
-    else:
-        ids_B1 = logprobs_BV.argmax(dim=-1, keepdim=True)
-    return ids_B1[:, 0], logprobs_BV.gather(1, ids_B1)[:, 0]
+    """Return ragged rows as (P, T) int64, padded with 0 on the right, and their lengths (P,).
 
-
-def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ragged rows as (P, T) int64, padded with 0 on the right, and their lengths (P,)."""
+    T is that of the longest, or `length` where that is more.
+    """
     lengths_P = torch.tensor([len(row) for row in rows])
-    ids_PT = torch.zeros(len(rows), int(lengths_P.max()), dtype=torch.long)
+    ids_PT = torch.zeros(len(rows), max(length, int(lengths_P.max())), dtype=torch.long)
     for p, row in enumerate(rows):
         ids_PT[p, : len(row)] = torch.tensor(row)
     return ids_PT.to(device), lengths_P.to(device)

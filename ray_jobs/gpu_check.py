@@ -1,0 +1,209 @@
+"""Is the GPU path right, and how fast is it? One script for the first minutes on a new machine.
+
+    python ray_jobs/gpu_check.py [--out gpu_check] [--minutes 8]
+    python ray_jobs/gpu_check.py --device cpu --small
+
+First what must hold: a bf16 policy near its fp32 self, tokens from recorded CUDA graphs equal to
+those computed one by one, an all-reduce through NCCL (gloo on a CPU). Then all of `aquarl bench` at
+depth 8 with 65,536 words, the RL step of 16 prompts x 16 answers x 256 tokens, and a profile of it.
+Writes OUT.json and OUT.md; what does not fit into the minutes is left out and named. Ends with
+status 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from aquarl.bench import pieces
+from aquarl.bench.floor import measure_machine
+from aquarl.bench.lines import PIECES, as_text, bench
+from aquarl.bench.timing import hardware
+from aquarl.bench.work import NEVER, Work
+from aquarl.engines.torch_engine import TorchSampler
+from aquarl.model.flat_weights import flatten
+from aquarl.model.modes import keep_memory
+from aquarl.records import Rollout
+
+Check = Callable[[Work, str], dict[str, Any]]
+
+BF16_GAP = 0.05
+"""Nats a token, mean: how far a bf16 policy may be from its fp32 self on the same tokens."""
+
+
+def check_precision(work: Work, device: str) -> dict[str, Any]:
+    """The sampler's log-probabilities in bf16 beside the learner's forward pass in fp32."""
+    sampler = _sampler(work, device, torch.bfloat16)
+    rollouts_PG = sampler.sample(work.prompt_list, work.seeds, work.sampling)
+    exact = work.model().to(device)
+    gaps: list[float] = []
+    with torch.inference_mode():
+        for prompt, row in zip(work.prompt_list, rollouts_PG, strict=True):
+            L = len(prompt.ids)
+            ids_GT = torch.tensor([prompt.ids + r.ids for r in row], device=device)
+            logprobs_GTV = exact.logits(exact(ids_GT[:, :-1])[:, L - 1 :]).log_softmax(dim=-1)
+            logprobs_GT1 = logprobs_GTV.gather(2, ids_GT[:, L:, None])
+            sampled_GT = torch.tensor([r.logprobs for r in row], device=device)
+            gaps.append(float((logprobs_GT1[..., 0] - sampled_GT).abs().mean()))
+    gap = sum(gaps) / len(gaps)
+    return {"holds": gap < BF16_GAP, "mean_gap_nats": gap, "allowed": BF16_GAP}
+
+
+def check_graphs(work: Work, device: str) -> dict[str, Any]:
+    """Tokens from tensors that keep their shapes (on a GPU: recorded) and from the usual ones.
+
+    In fp32, where a token differs only if two were as likely; from there on a row goes its own way.
+    """
+    results: list[list[Rollout]] = []
+    for is_static in (True, False):
+        sampler = _sampler(work, device, torch.float32, is_static)
+        rows = sampler.sample(work.prompt_list, work.seeds, work.sampling)
+        results.append([rollout for row in rows for rollout in row])
+    same = sum(a.ids == b.ids for a, b in zip(*results, strict=True))
+    return {"holds": same >= 0.95 * len(results[0]), "rows": len(results[0]), "same_rows": same}
+
+
+def check_collective(work: Work, device: str) -> dict[str, Any]:
+    """One rank alone sums its gradient with nobody's: the library is there and starts."""
+    backend = "nccl" if device == "cuda" else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(backend, f"file://{folder}/meet", rank=0, world_size=1)
+        numbers = torch.arange(8.0, device=device)
+        dist.all_reduce(numbers)
+        dist.destroy_process_group()
+    return {"holds": numbers.tolist() == list(range(8)), "backend": backend}
+
+
+CHECKS: dict[str, Check] = {
+    "bf16 near fp32": check_precision,
+    "static decoding = usual decoding": check_graphs,
+    "all-reduce": check_collective,
+}
+
+
+def profiled(work: Work, device: str) -> list[dict[str, Any]]:
+    """Return where one RL step's time goes: the ten heaviest operators."""
+    piece = pieces.step(work, measure_machine(torch.device(device)), device, "torch")
+    piece.run()
+    is_gpu = device == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_gpu
+    with profile(activities=activities) as seen:
+        piece.run()
+    times = {
+        event.key: (event.self_device_time_total if is_gpu else event.self_cpu_time_total) / 1e3
+        for event in seen.key_averages()
+    }
+    heaviest = sorted(times, key=times.__getitem__, reverse=True)[:10]
+    return [{"operator": name, "ms": round(times[name], 3)} for name in heaviest]
+
+
+def _sampler(
+    work: Work, device: str, dtype: torch.dtype, is_static: bool | None = None
+) -> TorchSampler:
+    sampler = TorchSampler(work.model(), NEVER, device, dtype, is_static)
+    sampler.load_weights(flatten(work.model(), 0))
+    return sampler
+
+
+def run(device: str, *, small: bool, minutes: float) -> dict[str, Any]:
+    """Do all of it, in order of what matters most. Returns what goes into OUT.json."""
+    began = time.monotonic()
+    torch.set_num_threads(1)
+    keep_memory()
+    size = "1,32,2,512" if small else "d8"
+    counts = {"prompts": 2, "samples": 2, "max_new": 4, "rows": 2, "context": 16} if small else {}
+    checked = Work(size, **(counts or {"prompts": 4, "samples": 8, "max_new": 64}))
+    measured = Work(size, **(counts or {"max_new": 256}))
+    result: dict[str, Any] = {"hardware": hardware(device), "torch": torch.__version__}
+    result |= {"checks": {}, "bench": [], "left_out": []}
+
+    def in_time(name: str, work: Callable[[], Any]) -> Any:
+        if time.monotonic() - began > 60 * minutes:
+            result["left_out"].append(name)
+            return None
+        print(f"{time.monotonic() - began:6.1f} s  {name}", file=sys.stderr, flush=True)
+        try:
+            return work()
+        except Exception as error:  # one part's fault must not take the others' figures along
+            result["checks"][name] = {"holds": False, "error": f"{type(error).__name__}: {error}"}
+            return None
+
+    for name, check in CHECKS.items():
+        if (seen := in_time(name, partial(check, checked, device))) is not None:
+            result["checks"][name] = seen
+    for kind in ("step", *(kind for kind in PIECES if kind != "step")):
+        settings: dict[str, Any] = {
+            "engines": ["torch"],
+            "repeats": 3,
+            "threads": 1,
+            "device": device,
+        }
+        lines = in_time(f"bench {kind}", partial(bench, kind, measured, **settings))
+        result["bench"] += lines or []
+    result["profile"] = in_time("profile of a step", partial(profiled, measured, device)) or []
+    result["seconds"] = round(time.monotonic() - began, 1)
+    return result
+
+
+def as_page(result: dict[str, Any]) -> str:
+    """Return OUT.md."""
+    checks = [
+        f"| {name} | {'holds' if seen['holds'] else '**does not hold**'} | "
+        f"{', '.join(f'{key} {value}' for key, value in seen.items() if key != 'holds')} |"
+        for name, seen in result["checks"].items()
+    ]
+    left_out = [f"Left out for want of time: {', '.join(result['left_out'])}."]
+    return "\n".join(
+        [
+            f"# {result['hardware']}, torch {result['torch']}, {result['seconds']} s",
+            "",
+            "| check | | |",
+            "|---|---|---|",
+            *checks,
+            "",
+            *(f"- {as_text(line)}" for line in result["bench"]),
+            "",
+            "| operator of one RL step | ms |",
+            "|---|---|",
+            *(f"| {row['operator']} | {row['ms']} |" for row in result["profile"]),
+            "",
+            *(left_out if result["left_out"] else []),
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 1 if a check does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="a policy and a step of no size")
+    parser.add_argument("--minutes", type=float, default=7.0, help="begin nothing after so many")
+    parser.add_argument("--out", default="gpu_check", help="where to write, without .json and .md")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "torch sees no CUDA device here, so there is nothing to check. "
+            "`--device cpu --small` tries the script itself.",
+            file=sys.stderr,
+        )
+        return 2
+    result = run(args.device, small=args.small, minutes=args.minutes)
+    Path(f"{args.out}.json").write_text(json.dumps(result, indent=1))
+    Path(f"{args.out}.md").write_text(page := as_page(result))
+    print(page)
+    return 0 if all(seen["holds"] for seen in result["checks"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Tensors that keep their shapes give the tokens of those that do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aquarl.engines.graphs import SPAN_STEP, Form
+from aquarl.engines.torch_engine import TorchSampler
+from aquarl.model.flat_weights import flatten
+from aquarl.records import Rollout, Sampling, Weights
+from tests.test_torch_engine import NEW, STOP, assert_same, policy, prompts, seeds
+
+SAMPLINGS = [Sampling(NEW), Sampling(NEW, temperature=0.0), Sampling(NEW, 0.7, top_k=5)]
+
+
+def assert_all_same(ours: list[list[Rollout]], theirs: list[list[Rollout]]) -> None:
+    for row, expected in zip(ours, theirs, strict=True):
+        assert_same(row, expected)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["sampled", "greedy", "top k"])
+def test_static_tensors_give_the_same_tokens(sampling: Sampling) -> None:
+    static, usual = (TorchSampler(policy(), STOP, is_static=x) for x in (True, False))
+    for lengths in ((4, 1, 9, 6), (3, 8, 2)):  # the second into the places of the first
+        asked, drawn = prompts(lengths), seeds(len(lengths))
+        found = static.sample(asked, drawn, sampling)
+        assert_all_same(found, usual.sample(asked, drawn, sampling))
+        assert static.sample(asked, drawn, sampling) == found, "nothing is left behind"
+
+
+def test_answers_longer_than_one_span_are_the_same() -> None:
+    static, usual = (TorchSampler(policy(), -1, is_static=x) for x in (True, False))
+    sampling = Sampling(2 * SPAN_STEP + 3)
+    found = static.sample(prompts(), seeds(4, 1), sampling)
+    assert_all_same(found, usual.sample(prompts(), seeds(4, 1), sampling))
+
+
+def test_new_weights_come_into_the_places_of_the_old_ones() -> None:
+    samplers = [TorchSampler(policy(), STOP, is_static=x) for x in (True, False)]
+    before, after = [], []
+    for sampler in samplers:
+        before.append(sampler.sample(prompts(), seeds(), Sampling(NEW)))
+        sampler.load_weights(flatten(policy(seed=1), version=1))
+        after.append(sampler.sample(prompts(), seeds(), Sampling(NEW)))
+    assert before[0] != after[0]
+    assert_all_same(*after)
+
+
+def test_weights_may_change_inside_a_generation() -> None:
+    found = []
+    for is_static in (True, False):
+        sampler = TorchSampler(policy(), STOP, is_static=is_static)
+        asked: list[int] = []
+
+        def newer(asked: list[int] = asked) -> Weights | None:
+            asked.append(1)
+            return flatten(policy(seed=1), version=1) if len(asked) == 5 else None
+
+        sampler.newer_weights = newer
+        found.append(sampler.sample(prompts(), seeds(), Sampling(NEW)))
+    assert any(rollout.versions for row in found[0] for rollout in row)
+    assert_all_same(*found)
+    assert [[r.versions for r in row] for row in found[0]] == [
+        [r.versions for r in row] for row in found[1]
+    ]
+
+
+def test_forms_are_few() -> None:
+    """Prompts to a power of two, lengths to a multiple of 64."""
+    rows = [[0] * 65] * 5
+    assert Form.holding(rows, 3, Sampling(7)) == (8, 3, 128, Sampling(7))
+    assert Form.holding(rows[:1], 3, Sampling(7)) == (1, 3, 128, Sampling(7))
+    assert Form.holding([[0] * 64] * 4, 3, Sampling(7)) == (4, 3, 64, Sampling(7))
+
+
+@pytest.mark.gpu
+def test_what_is_recorded_gives_what_is_computed_anew() -> None:
+    sampler = TorchSampler(policy(), STOP, "cuda", torch.float32)
+    usual = TorchSampler(policy(), STOP, "cuda", torch.float32, is_static=False)
+    for seed in (0, 1):
+        weights = flatten(policy(seed=seed), version=seed)
+        for each in (sampler, usual):
+            each.load_weights(weights)
+        found = sampler.sample(prompts(), seeds(), Sampling(NEW))
+        assert_all_same(found, usual.sample(prompts(), seeds(), Sampling(NEW)))
