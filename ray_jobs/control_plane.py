@@ -264,7 +264,7 @@ def page(found: dict[str, Any]) -> str:
         f"{ROOM} covers engines of up to {ROOM * H100_GROUPS_PER_S * GROUP * LENGTH:,.0f} tokens/s "
         "on each GPU.",
         "",
-        f"**Measured:** {carried(small, goal)}; {carried(large, goal)}.",
+        f"**Measured:** {carried(small, goal)}; {carried(large, goal)}. {saturated(free)}",
         "",
         "| workers | prompts a lease | offered groups/s | carried | MB/s "
         "| lease ms p50 / p95 / p99 | submit ms p50 / p95 / p99 | stream cores "
@@ -297,6 +297,17 @@ def carried(row: dict[str, Any], goal: float) -> str:
         f"do not wait, for which the stream used {row['stream_cores']:.2f} cores: "
         f"{row['groups_per_cpu_s']:,.0f} for each second of its CPU time "
         f"({row['groups_per_cpu_s'] / goal:.1f} x)"
+    )
+
+
+def saturated(free: Sequence[dict[str, Any]]) -> str:
+    """Return what was full first."""
+    if max(row["stream_cores"] for row in free) > 0.8:
+        return "There the stream is full: it is one event loop, so about a core."
+    return (
+        "The machine was full before the stream was: simulated workers, learner, Ray and whatever "
+        "else ran shared its cores, so the rate for each second of CPU time is what a stream on a "
+        "core of its own comes to."
     )
 
 

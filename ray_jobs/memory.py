@@ -50,22 +50,29 @@ STORE_MB, STORE_OBJECTS = "object store", "objects in the store"
 
 
 class Looker(threading.Thread):
-    """Looks at everything every few seconds, and interrupts the run when the time is up."""
+    """Looks at everything every few seconds from the first step, and interrupts the run in time."""
 
-    def __init__(self, minutes: float, every_s: float) -> None:
+    def __init__(self, run_dir: str, minutes: float, every_s: float) -> None:
         super().__init__(name="memory", daemon=True)
         self.seen: Series = defaultdict(list)
-        self._until, self._every_s = time.monotonic() + 60 * minutes, every_s
-        self._began, self.is_over = time.monotonic(), False
+        self._run_dir, self._seconds, self._every_s = run_dir, 60 * minutes, every_s
+        self.is_over = False
 
     def run(self) -> None:
-        while time.monotonic() < self._until:
-            at = time.monotonic() - self._began
+        while not steps_of(self._run_dir):
+            time.sleep(0.5)
+        began = time.monotonic()
+        while (at := time.monotonic() - began) < self._seconds:
             for name, megabytes in memory_of_all().items():
                 self.seen[name].append((at, megabytes))
             time.sleep(self._every_s)
         self.is_over = True
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def steps_of(run_dir: str) -> int:
+    """Return how many RL steps the run's own numbers tell of."""
+    return sum("reward/mean" in row for row in read_metrics(run_dir).get("rl", ()))
 
 
 def memory_of_all() -> dict[str, float]:
@@ -180,14 +187,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     with connected(config):
         run_stages(config, STAGES[: STAGES.index("rl")])
-        looker = Looker(args.minutes, args.every)
+        looker = Looker(config.run.dir, args.minutes, args.every)
         looker.start()
         try:
             run_stages(config, ("rl",))
         except KeyboardInterrupt:
             if not looker.is_over:  # a person's
                 raise
-    steps = sum("reward/mean" in row for row in read_metrics(config.run.dir)["rl"])
+    steps = steps_of(config.run.dir)
     found = {
         "machine": f"{os.cpu_count()} x {cpu_model()}", "minutes": args.minutes, "steps": steps,
         "rows": judged(looker.seen, 60 * args.minutes), "seen": looker.seen,
