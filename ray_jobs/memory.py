@@ -88,7 +88,10 @@ def memory_of_all() -> dict[str, float]:
         found[f"{name} {process.pid}"] = (memory.rss - memory.shared) / 1e6
     try:
         gcs = ray.get_runtime_context().gcs_address
-        objects = {x.object_id: x.object_size for x in list_objects(gcs, limit=10_000)}
+        objects = {
+            x.object_id: x.object_size
+            for x in list_objects(gcs, limit=10_000, raise_on_missing_output=False)
+        }
     except (RayError, RayStateApiException):  # busy; the next look asks again
         return found
     found[STORE_MB] = sum(max(size, 0) for size in objects.values()) / 1e6
