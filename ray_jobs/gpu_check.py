@@ -122,7 +122,9 @@ def run(device: str, *, small: bool, minutes: float) -> dict[str, Any]:
     torch.set_num_threads(1)
     keep_memory()
     size = "1,32,2,512" if small else "d8"
-    counts = {"prompts": 2, "samples": 2, "max_new": 4, "rows": 2, "context": 16} if small else {}
+    counts: dict[str, Any] = {}
+    if small:
+        counts = {"prompts": 2, "samples": 2, "max_new": 4, "rows": 2, "context": 16}
     checked = Work(size, **(counts or {"prompts": 4, "samples": 8, "max_new": 64}))
     measured = Work(size, **(counts or {"max_new": 256}))
     result: dict[str, Any] = {"hardware": hardware(device), "torch": torch.__version__}

@@ -16,7 +16,6 @@ from aquarl.model.gpt import GPT, SOFT_CAP
 from tests.fakes import random_ids, random_model
 
 HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
-NEAR = {"rtol": 1e-6, "atol": 1e-6}
 G, T = 3, 2 * FIRST_ROOM + 5
 TOGETHER = ((5, 1), (7, 7, 2))
 """Lengths of the prompts of two prefixes."""
@@ -44,6 +43,10 @@ def whole_rows(model: GPT, answers_BT: Tensor) -> Tensor:
     return torch.stack([model(row[None])[0, -T:] for row in rows])
 
 
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 @HEADS
 @torch.inference_mode()
 def test_a_step_is_the_model_over_whole_rows(heads: int, kv_heads: int) -> None:
@@ -51,7 +54,7 @@ def test_a_step_is_the_model_over_whole_rows(heads: int, kv_heads: int) -> None:
     answers_BT = random_ids((5 * G, T), seed=99)
     answers = begun(model)
     steps = torch.stack([answers.step(ids_B) for ids_B in answers_BT.T], dim=1)
-    torch.testing.assert_close(steps, whole_rows(model, answers_BT), **NEAR)
+    assert_near(steps, whole_rows(model, answers_BT))
 
 
 @torch.inference_mode()
@@ -64,12 +67,12 @@ def test_dropping_rows_leaves_those_that_stay_as_they_were() -> None:
     # Of the first prefix one prompt stays, of the second two; then the first goes as a whole.
     answers.keep(torch.tensor([1, 2, 4]), torch.tensor([[2, 0], [0, 1], [1, 2]]))
     rows = torch.tensor([5, 3, 6, 7, 13, 14])
-    torch.testing.assert_close(answers.step(answers_BT[rows, 4]), expected[rows, 4], **NEAR)
+    assert_near(answers.step(answers_BT[rows, 4]), expected[rows, 4])
     answers.keep(torch.tensor([1, 2]), torch.tensor([[1], [0]]))
     rows = torch.tensor([7, 13])
     for t in range(5, T):
         found = answers.step(answers_BT[rows, t])
-        torch.testing.assert_close(found, expected[rows, t], **NEAR)
+        assert_near(found, expected[rows, t])
 
 
 @torch.inference_mode()

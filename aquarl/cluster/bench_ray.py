@@ -216,9 +216,9 @@ def _two_workers(
             _until_up(streams[count], count)
         for repeat in range(repeats + 1):
             for count, stream in streams.items():
-                rate = _sampled_per_second(stream, learner)
+                sampled_per_s = _sampled_per_second(stream, learner)
                 if repeat:
-                    rates[count].append(rate)
+                    rates[count].append(sampled_per_s)
     medians = {count: spread(values) for count, values in rates.items()}
     for count, rate in medians.items():
         yield {

@@ -20,13 +20,13 @@ L positions of a prompt, W = K + 1 columns of values and one, X columns of q, k 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from aquarl.model.attention import Prefix
-from aquarl.model.gpt import GPT, SOFT_CAP, norm
+from aquarl.model.gpt import GPT, SOFT_CAP, Block, norm
 
 FIRST_ROOM = 16
 """Positions of the answers' cache at first."""
@@ -57,6 +57,7 @@ class Decoder:
         self.slopes_X1 = torch.where(is_query_X1, 1.0, 1.0 / K).to(wide)
         self.eps_X1 = torch.where(is_query_X1, K * eps, eps).to(wide)
         self.embedding_VD = torch.empty_like(model.transformer.wte.weight)
+        self._blocks = cast("list[Block]", list(model.transformer.h))
         self.layers = [
             _Layer(
                 block.attn.c_q.weight.new_empty((H + 2 * J) * K, self.shape.width),
@@ -64,7 +65,7 @@ class Decoder:
                 block.mlp.c_fc.weight,
                 block.mlp.c_proj.weight,
             )
-            for block in model.transformer.h
+            for block in self._blocks
         ]
         self.refresh()
 
@@ -73,7 +74,7 @@ class Decoder:
         """Take the policy's weights as they are now, each to the place of the old one."""
         H, J, K = self.shape.heads, self.shape.kv_heads, self.shape.head_width
         self.embedding_VD.copy_(norm(self.model.transformer.wte.weight))
-        for block, layer in zip(self.model.transformer.h, self.layers, strict=True):
+        for block, layer in zip(self._blocks, self.layers, strict=True):
             q, k, v = layer.qkv_XD.view(-1, K, self.shape.width).split([H, J, J])
             for part, linear in ((q, block.attn.c_q), (k, block.attn.c_k)):
                 part.copy_(linear.weight.view(part.shape)[:, self.pairs_K])
