@@ -80,7 +80,7 @@ def test_a_pool_that_cannot_start_ends_with_the_reason(
 def test_a_run_killed_at_random_is_the_same_to_the_bit(
     after_sft: Path, tiny: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ("rl.steps=40", "rl.rollout_workers=2", f"run.dir={after_sft}")
+    settings = ("rl.steps=80", "rl.rollout_workers=2", f"run.dir={after_sft}")
     assert main(["chaos", "--config", tiny, "--minutes", "0.5", "--every", "2", *settings]) == 0
     told = json.loads((after_sft / "chaos.json").read_text())
     assert told["holds"] and all(run["checks"]["weights_identical"] for run in told["runs"])
@@ -88,7 +88,7 @@ def test_a_run_killed_at_random_is_the_same_to_the_bit(
     assert {row["fault"] for row in told["table"] if row["recovered"]} & {
         "learner rank, SIGKILL", "stream, SIGKILL", "stream, ray.kill",
     }  # fmt: skip
-    assert len(rows(after_sft / "chaos/disturbed_1/ledger.jsonl")) == 40 * 8
+    assert len(rows(after_sft / "chaos/disturbed_1/ledger.jsonl")) == 80 * 8
     assert "| stream, SIGKILL | " in (after_sft / "chaos.md").read_text()
     assert "weights identical: yes" in capsys.readouterr().out.replace("\n", " ")
 

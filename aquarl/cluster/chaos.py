@@ -97,15 +97,16 @@ def chaos(config: Config, *, minutes: float, every_s: float, seed: int) -> dict[
     with connected(config):
         run_stages(config, STAGES[: STAGES.index("rl")])
         peace = _run_from_sft(config, root / "undisturbed")
-        until = time.monotonic() + 60 * minutes
-        while not runs or (time.monotonic() < until and runs[-1]["holds"]):
+        left_s = 60 * minutes
+        while not runs or (left_s > 0 and runs[-1]["holds"]):
             disturbed = _hardened(config, root / f"disturbed_{len(runs) + 1}")
-            monkey = Monkey(disturbed, rng, every_s, until)
+            monkey = Monkey(disturbed, rng, every_s, left_s)
             monkey.start()
             try:
                 seconds = _run_from_sft(config, root / f"disturbed_{len(runs) + 1}")
             finally:
                 monkey.leave()
+            left_s -= max(monkey.at_it_s, every_s)
             faults += monkey.faults
             runs.append({"wall_s": seconds, **compared(config, root, disturbed.run.dir)})
     report = {
@@ -152,16 +153,20 @@ def _run_from_sft(config: Config, folder: Path) -> float:
 
 
 class Monkey(threading.Thread):
-    """Kills parts of the run in a folder until a moment or its end, and notes what came of it.
+    """Kills parts of the run in a folder and notes what came of it.
+
+    It begins with the run's first step, and ends with the run or after so many seconds.
 
     A worker is not killed while the last one has no successor, nor a learner or the stream while
     the run has not come back from the last death of either: so each recovery has a time of its own.
     """
 
-    def __init__(self, config: Config, rng: random.Random, every_s: float, until: float) -> None:
+    def __init__(self, config: Config, rng: random.Random, every_s: float, seconds: float) -> None:
         super().__init__(name="chaos", daemon=True)
         self.faults: list[Fault] = []
-        self._config, self._rng, self._every_s, self._until = config, rng, every_s, until
+        self.at_it_s = 0.0
+        """For how long it has been killing."""
+        self._config, self._rng, self._every_s, self._seconds = config, rng, every_s, seconds
         self._curve = Curve(config.run.dir)
         self._is_over = threading.Event()
         self._failed: BaseException | None = None
@@ -184,12 +189,14 @@ class Monkey(threading.Thread):
         try:
             while not self._curve.read() and not self._is_over.wait(LOOK_EVERY_S):
                 pass
-            next_at = time.monotonic()
+            first_at = next_at = time.monotonic()
+            until = first_at + self._seconds
             while not self._is_over.wait(LOOK_EVERY_S):
                 self._curve.read()
                 self._watching = [watch for watch in self._watching if not next(watch)]
-                if next_at <= time.monotonic() < self._until and self._kill_something():
+                if next_at <= time.monotonic() < until and self._kill_something():
                     next_at = time.monotonic() + self._rng.uniform(0.5, 1.5) * self._every_s
+                self.at_it_s = min(time.monotonic(), until) - first_at
         except BaseException as error:
             self._failed = error
 
