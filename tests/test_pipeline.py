@@ -148,7 +148,7 @@ def test_every_stage_says_where_it_ran(finished_run: Path) -> None:
         ran_on = about["ran_on"]
         assert (ran_on["nodes"], ran_on["cluster_cpus"]) == (1, 4)  # what `ray_here` starts
         assert ran_on["cpu"] and ran_on["cores"] == os.cpu_count()
-    assert stages["rl"]["rollout_workers"] == load_config(None, []).rl.rollout_workers
+    assert stages["rl"]["rollout_workers"] == load_config(None, []).rl.rollout_workers.min
 
 
 def test_the_times_of_steps_and_of_workers_fit_one_another(finished_run: Path) -> None:
