@@ -97,20 +97,15 @@ class Learner:
         sums: dict[str, float] = defaultdict(float)
         steep, flat = self._by_gradient(groups)
         steep_batches, flat_batches = (
-            [
-                on_device(batch, self.device)
-                for batch in microbatches(
-                    part, self.config.micro_prompts, tokens_in_step, rollouts_in_step
-                )
-            ]
+            list(microbatches(part, self.config.micro_prompts, tokens_in_step, rollouts_in_step))
             for part in (steep, flat)
         )
         for i, batch in enumerate(steep_batches):
             with accumulating(self.scorer, sync=i == len(steep_batches) - 1):
-                self._backward(batch, sums)
+                self._backward(on_device(batch, self.device), sums)
         with torch.no_grad():
             for batch in flat_batches:
-                self._loss(self.alone, batch, sums)
+                self._loss(self.alone, on_device(batch, self.device), sums)
         grad_norm = clip_gradients(self.model, self.config.clip_norm)
         lr = lr_at(self.step, self.config.steps, self.config)
         self.optimizer.step(lr, self.step)
