@@ -238,7 +238,7 @@ def test_a_pool_that_no_cluster_can_start_is_given_up_with_a_reason(
     assert "No rollout worker has started in 3 s" in said and "64 CPUs" in said
     (left,) = (unfinished / "stacks").iterdir()
     assert str(left) in said
-    assert "in evaluate" in left.read_text() and '"wanted": 1' in left.read_text()
+    assert "in _until" in left.read_text() and '"wanted": 1' in left.read_text()
 
 
 @pytest.mark.slow
