@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from aquarl.engines.decoder import FIRST_ROOM, Decoder, Decoding
+from aquarl.engines.decoder import BLOCK, Decoder, Decoding
 from aquarl.model.attention import Prefix
 from aquarl.model.gpt import GPT, SOFT_CAP
 from tests.fakes import random_ids, random_model
 
 HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
-G, T = 3, 2 * FIRST_ROOM + 5
+G, T = 3, 2 * BLOCK + 5
 TOGETHER = ((5, 1), (7, 7, 2))
 """Lengths of the prompts of two prefixes."""
 

@@ -30,9 +30,11 @@ def plain(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.2])
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 28], ids=["made again", "kept"])
 def test_numbers_and_gradients_are_those_of_whole_logits(
-    temperature: float, monkeypatch: pytest.MonkeyPatch
+    temperature: float, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(head, "KEPT_BYTES", kept_bytes)
     monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": 0})  # 32 rows at once: 32, 32, 11
     found = []
     for logprobs in (token_logprobs, plain):

@@ -151,7 +151,7 @@ def test_drawn_tokens_follow_the_distribution() -> None:
         (draw_from_any, logits_V, 1.0),
     ):
         ids_B, logprobs_B = drawn_by(
-            given_V.expand(20_000, VOCAB), uniforms_B, Sampling(1, temperature)
+            given_V.repeat(20_000, 1), uniforms_B, Sampling(1, temperature)
         )
         chances_V = (logits_V / temperature).softmax(dim=0)
         torch.testing.assert_close(logprobs_B, chances_V.log()[ids_B], rtol=1e-5, atol=1e-4)
@@ -186,7 +186,7 @@ def test_every_uniform_number_finds_the_token_that_the_sum_says(vocab: int) -> N
     squashed_BV = torch.rand(200, vocab, generator=torch.manual_seed(vocab))
     uniforms_B = torch.rand(200, generator=torch.manual_seed(1))
     uniforms_B[:2] = torch.tensor([0.0, 1 - 2.0**-24])
-    ids_B, logprobs_B = draw(squashed_BV, uniforms_B, Sampling(1))
+    ids_B, logprobs_B = draw(squashed_BV.clone(), uniforms_B, Sampling(1))
     chances_BV = ((2 * squashed_BV.double() - 1) * SOFT_CAP).softmax(dim=1)
     sums_BV = chances_BV.cumsum(dim=1)
     above_B = sums_BV.gather(1, ids_B[:, None])[:, 0]

@@ -22,17 +22,19 @@ def draw(squashed_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[T
 
     Args:
         squashed_BV: (B, V) fp32 in [0, 1], from `Decoder.squashed`: the logits before the cap
-            widens them.
+            widens them. Overwritten.
         uniforms_B: (B,) in [0, 1).
         sampling: Temperature 0 takes the likeliest token and gives its logprob at temperature 1.
     """
     if sampling.top_k or sampling.temperature < COLDEST:
         return draw_from_any((2 * squashed_BV - 1) * SOFT_CAP, uniforms_B, sampling)
     # Capped as they are, no maximum has to be taken off the logits before.
-    least = torch.tensor(-SOFT_CAP / sampling.temperature)
-    chances_BV = torch.add(least, squashed_BV, alpha=2 * SOFT_CAP / sampling.temperature).exp_()
+    cap = SOFT_CAP / sampling.temperature
+    chances_BV = squashed_BV.mul_(2 * cap).sub_(cap).exp_()
     B, V = chances_BV.shape
-    chances_BCX = F.pad(chances_BV, (0, -V % TOKENS_TOGETHER)).view(B, -1, TOKENS_TOGETHER)
+    if missing := -V % TOKENS_TOGETHER:
+        chances_BV = F.pad(chances_BV, (0, missing))
+    chances_BCX = chances_BV.view(B, -1, TOKENS_TOGETHER)
     sums_BC = chances_BCX.sum(dim=2).cumsum(dim=1)
     thresholds_B1 = uniforms_B[:, None] * sums_BC[:, -1:]
     places_B1 = torch.searchsorted(sums_BC, thresholds_B1, right=True)

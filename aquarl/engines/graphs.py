@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aquarl.engines.decoder import Decoder, Decoding, SharedPrompts, turn
+from aquarl.engines.decoder import Decoder, Decoding, KeysValues, SharedPrompts, turn
 from aquarl.engines.drawing import draw
 from aquarl.model.attention import Prefix
 from aquarl.records import Sampling
@@ -57,6 +57,7 @@ class StaticDecoding(Decoding):
 
     def __init__(self, decoder: Decoder, prefix: Prefix, G: int, room: int) -> None:
         super().__init__(decoder, [prefix], G, room)
+        self.cache = [[self._empty(room)] for _ in decoder.layers]
         self.step_1 = torch.zeros(1, dtype=torch.long, device=prefix.lengths_P.device)
         """Positions of the answers that are in the cache already."""
         self.span = room
@@ -72,13 +73,10 @@ class StaticDecoding(Decoding):
 
     def clear(self) -> None:
         self.step_1.zero_()
-        for keys, values in self.cache:
-            keys.zero_()
-            values.zero_()
-
-    def _empty(self, like: Tensor, room: int) -> tuple[Tensor, Tensor]:
-        keys, values = super()._empty(like, self.room)
-        return keys.zero_(), values.zero_()
+        for blocks in self.cache:
+            for keys, values in blocks:
+                keys.zero_()
+                values.zero_()
 
     def _make_room(self) -> None:
         pass
@@ -88,15 +86,15 @@ class StaticDecoding(Decoding):
 
     def _remember(
         self, number: int, k_PGJK: Tensor, v_PGJK: Tensor, turns_P11K: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = self.cache[number]
+    ) -> list[KeysValues]:
+        [(keys, values)] = self.cache[number]
         k_PJG1K = torch.empty_like(keys[:, :, :, :1])
         v_PJG1W = torch.ones_like(values[:, :, :, :1])
         turn(k_PGJK, turns_P11K, k_PJG1K[:, :, :, 0].transpose(1, 2))
         v_PJG1W[:, :, :, 0, :-1] = v_PGJK.transpose(1, 2)
         keys.index_copy_(3, self.step_1, k_PJG1K)
         values.index_copy_(3, self.step_1, v_PJG1W)
-        return keys.flatten(0, 2)[:, : self.span], values.flatten(0, 2)[:, : self.span]
+        return [(keys.flatten(0, 2)[:, : self.span], values.flatten(0, 2)[:, : self.span])]
 
 
 class StaticBatch:
