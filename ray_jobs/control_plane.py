@@ -34,7 +34,7 @@ from aquarl.cluster.results import tokenizer_folder
 from aquarl.cluster.stream_actor import StreamActor
 from aquarl.config import Config, build_config
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.model.gpt import Shape
+from aquarl.model.shape import Shape
 from aquarl.observe.machine import cpu_model
 from aquarl.records import Lease, Rollout, RolloutGroup, Weights
 

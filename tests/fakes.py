@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.model.gpt import GPT, Shape
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 from aquarl.records import Lease, Prompt, Rollout, RolloutGroup, Sampling, Weights
 
 REAL = Path(os.environ.get("AQUARL_DATA") or Path(__file__).parents[2] / "shared" / "data")

@@ -126,13 +126,19 @@ def test_a_size_that_cannot_be_is_refused(
     assert said in capsys.readouterr().err
 
 
-def test_more_prompts_than_problems_are_refused(tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("count", "prompts", "said"),
+    [(40, 500, "--prompts asks for 500"), (22, 2, "22 problems of .* are too little text")],
+)
+def test_a_file_that_is_too_small_is_refused(
+    count: int, prompts: int, said: str, tmp_path: Any
+) -> None:
     problem = {"question": "What is 2 + 3?", "options": ["4", "5"], "answer_letter": "B"}
     file = tmp_path / "few.jsonl"
-    lines = [problem | {"question": f"What is {i} + 3?"} for i in range(40)]
+    lines = [problem | {"question": f"What is {i} + 3?"} for i in range(count)]
     file.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(ConfigError, match="--prompts asks for 500"):
-        Work("d2", prompts=500, problems=str(file)).prompt_list  # noqa: B018
+    with pytest.raises(ConfigError, match=said):
+        Work("d2", prompts=prompts, problems=str(file)).prompt_list  # noqa: B018
 
 
 def test_the_command_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from aquarl.errors import ConfigError
-from aquarl.model.gpt import GPT, Shape, norm
+from aquarl.model.gpt import GPT, norm
+from aquarl.model.shape import Shape
 from aquarl.records import Conversation, Message, Sampling
 from aquarl.serve.chat import HELP, _show, chat, checked, draw, reply, stream_text
 from tests.fakes import byte_tokenizer, random_model

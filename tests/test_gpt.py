@@ -7,7 +7,8 @@ import math
 import torch
 
 from aquarl.config import ModelConfig
-from aquarl.model.gpt import GPT, SOFT_CAP, Shape, norm, rotary_tables, rotate
+from aquarl.model.gpt import GPT, SOFT_CAP, norm, rotary_tables, rotate
+from aquarl.model.shape import Shape
 from tests.fakes import random_ids, random_model
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,32 @@ def raylets(host: Host) -> list[int]:
     return host.processes("/raylet/raylet")
 
 
+def test_a_learners_host_that_is_cut_costs_the_steps_since_the_checkpoint(
+    cluster: Cluster, after_sft: Path, tiny: str
+) -> None:
+    following = submit(cluster, tiny, after_sft, *HERE, "rl.rollout_workers=2", ON_A_HOST)
+    eventually(lambda: steps_done(after_sft) > 5, 120)
+    sampling = [pid for host in cluster.rollouts for pid in workers(host)]
+    (learner,) = cluster.learner.processes("ray::RayTrainWorker")
+    cluster.switch.unplug(cluster.learner)
+    cut_at = time.time()
+    eventually(lambda: nodes(cluster, cluster.learner, "DEAD"), 60)
+    cluster.switch.plug(cluster.learner)
+    plugged_at = time.time()
+    eventually(lambda: set(cluster.learner.processes("ray::RayTrainWorker")) - {learner}, 120)
+    steps, again_at = steps_done(after_sft), time.time()
+    eventually(lambda: steps_done(after_sft) > steps, 60)
+    stepped_at = time.time()
+    assert [pid for host in cluster.rollouts for pid in workers(host)] == sampling
+    out, err = following.communicate(timeout=120)
+    assert following.returncode == 0, out + err
+    assert_as_if_undisturbed(after_sft, tiny, *HERE, "rl.rollout_workers=2")
+    print(
+        f"noticed in {plugged_at - cut_at:.1f} s, a learner {again_at - plugged_at:.1f} s after "
+        f"the cable was back, its first step {stepped_at - again_at:.1f} s later"
+    )
+
+
 def test_a_cut_host_and_a_dead_one_cost_their_leases_and_nothing_else(
     cluster: Cluster, after_sft: Path, tiny: str
 ) -> None:
@@ -257,6 +283,36 @@ def test_a_cut_host_and_a_dead_one_cost_their_leases_and_nothing_else(
         assert at < dead_at < again_at < at + 30
     assert len(nodes(cluster, cut, "ALIVE")) == 1
     print(f"all {ended_at - began:.1f} s")
+
+
+def test_after_the_end_of_the_cluster_the_same_command_goes_on_from_the_checkpoint(
+    cluster: Cluster, after_sft: Path, tiny: str
+) -> None:
+    """The last test: a host is without power by now."""
+    command = (*HERE, "rl.rollout_workers=1", ON_A_HOST)
+    following = submit(cluster, tiny, after_sft, *command)
+    eventually(lambda: steps_done(after_sft) > 5, 120)
+    (books,) = cluster.head.processes("gcs_server")
+    os.kill(books, signal.SIGKILL)
+    died_at = time.time()
+    following.communicate(timeout=120)
+    assert following.returncode == 2 and not (after_sft / "results/rl.json").exists()
+    there = cluster.head, cluster.learner, cluster.rollouts[0]
+    eventually(lambda: all_up(cluster, there), 180)
+    up_at = time.time()
+    again = submit(cluster, tiny, after_sft, *command)
+    out, err = again.communicate(timeout=180)
+    assert again.returncode == 0, out + err
+    assert steps_done(after_sft) <= STEPS + 3, "it went on from the checkpoint"
+    assert_as_if_undisturbed(after_sft, tiny, *HERE, "rl.rollout_workers=1")
+    print(f"up again in {up_at - died_at:.1f} s, the rest in {time.time() - up_at:.1f} s")
+
+
+def all_up(cluster: Cluster, hosts: Sequence[Host]) -> bool:
+    try:
+        return all(nodes(cluster, host, "ALIVE") for host in hosts)
+    except (AssertionError, json.JSONDecodeError):  # the dashboard is not up yet
+        return False
 
 
 def hold(cluster: Cluster, host: Host) -> None:

@@ -156,6 +156,19 @@ def test_importing_everything_but_the_cluster_loads_no_heavy_package() -> None:
     assert run.stdout.strip() == "[]"
 
 
+def test_the_actors_between_workers_and_learner_start_without_torch() -> None:
+    """It takes two seconds to import, which a run waits for when the stream has died."""
+    code = (
+        "import sys, aquarl.cluster.relay, aquarl.cluster.stream_actor\n"
+        "print([p for p in ('torch', 'ray.train', 'ray.data') if p in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize(
     ("module", "line", "fault"),
     [

@@ -15,7 +15,8 @@ import torch
 from aquarl.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from aquarl.errors import AquarlError, CheckpointError
 from aquarl.model.checkpoint import load_model, read_meta
-from aquarl.model.gpt import GPT, Shape
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 from aquarl.serve.nanochat import (
     import_nanochat,
     nanochat_files,

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -71,9 +72,11 @@ def watched(run: Path, *argv: str, until: Any = None) -> Watched:
     assert output is not None
     reader = threading.Thread(target=lambda: seen.__setattr__("said", output.read()))
     reader.start()
-    is_asked = False
+    is_asked, look_next = False, 0.0
     while command.poll() is None:
-        look_at(command.pid, seen)
+        if time.monotonic() > look_next:  # it costs what a stage costs
+            look_at(command.pid, seen)
+            look_next = time.monotonic() + 1
         if until is not None and not is_asked and until():
             is_asked = True
             command.send_signal(signal.SIGINT)

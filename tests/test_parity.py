@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.model.gpt import GPT, Shape
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 from aquarl.serve.hf import hf_config, hf_state, hf_tokenizer, last_merge
 from tests.fakes import byte_tokenizer
 

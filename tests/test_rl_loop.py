@@ -11,7 +11,8 @@ from torch import Tensor
 from aquarl.config import RLConfig, SupervisedConfig
 from aquarl.data.batches import PackedRows
 from aquarl.engines.torch_engine import TorchSampler
-from aquarl.model.gpt import GPT, Shape
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 from aquarl.records import Conversation, Message, Metrics, Problem, StepShare, Weights
 from aquarl.rl.learner import Learner
 from aquarl.rl.loop import InProcess, step_times, train_policy

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from aquarl.config import SupervisedConfig
 from aquarl.data.batches import IGNORED, PackedRows, Rows, RowSource
-from aquarl.model.gpt import GPT, Shape
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 from aquarl.records import Conversation, Message, Metrics
 from aquarl.train.loop import NextTokenLoss, SupervisedTrainer, train_stage
 from tests.fakes import byte_tokenizer, random_model

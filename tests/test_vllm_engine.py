@@ -26,7 +26,8 @@ from aquarl.engines.torch_engine import TorchSampler
 from aquarl.engines.vllm_engine import VllmSampler
 from aquarl.errors import ConfigError
 from aquarl.model.flat_weights import flatten
-from aquarl.model.gpt import GPT, Shape
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 from aquarl.records import Prompt, Rollout, Sampling
 from aquarl.serve.hf import hf_config, hf_state
 from tests.conftest import eventually, rows

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from aquarl.bench.work import Work
-from aquarl.model.gpt import Shape
+from aquarl.model.shape import Shape
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 
 from aquarl.config import DataConfig, RLConfig
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.errors import ConfigError
-from aquarl.model.gpt import GPT, Shape
+from aquarl.errors import ConfigError, DataError
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 from aquarl.records import Prompt, Rollout, RolloutGroup, Sampling
 from aquarl.tasks.base import question_text, to_prompt
 from aquarl.tasks.catalog import load_problems
@@ -86,7 +87,14 @@ class Work:
                 f"{self.problems or 'The generated set'} holds {len(found)} problems, but "
                 f"--prompts asks for {self.prompts}. Ask for fewer, or name a larger file."
             )
-        words = Tokenizer.train(map(question_text, found), TOKENIZER_SIZE)
+        try:
+            words = Tokenizer.train(map(question_text, found), TOKENIZER_SIZE)
+        except DataError:
+            raise ConfigError(
+                f"The {len(found)} problems of {self.problems} are too little text for the "
+                f"{TOKENIZER_SIZE} tokens that the prompts are written in. Name a larger file, or "
+                "leave --problems out."
+            ) from None
         prompts = [to_prompt(problem, words) for problem in found[: self.prompts]]
         return prompts, words
 

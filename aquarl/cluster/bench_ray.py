@@ -32,8 +32,9 @@ from aquarl.config import Config
 from aquarl.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from aquarl.engines.torch_engine import TorchSampler
 from aquarl.errors import ClusterError, ConfigError
-from aquarl.model.gpt import GPT, Shape
+from aquarl.model.gpt import GPT
 from aquarl.model.modes import keep_memory
+from aquarl.model.shape import Shape
 from aquarl.rl.learner import Learner
 from aquarl.rl.loop import InProcess, LearnerStream
 from aquarl.rl.prompts import PromptSource

@@ -1,7 +1,8 @@
 """Rollout workers: Ray actors that lease prompts and yield scored groups, and who hires them.
 
 A worker knows the stream and nobody else. It is never restarted by Ray: the stream actor replaces
-it and issues its lease again.
+it and issues its lease again. What the worker alone needs it imports itself: who hires needs no
+torch.
 """
 
 from __future__ import annotations
@@ -17,11 +18,8 @@ from ray.actor import ActorHandle
 from aquarl.cluster.waits import stacks_after, wait_for
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.engines.torch_engine import TorchSampler
-from aquarl.model.gpt import GPT, Shape
-from aquarl.model.modes import keep_memory
+from aquarl.model.shape import Shape
 from aquarl.records import Lease, RolloutGroup, Sampler, Weights
-from aquarl.rl.rewards import scored_groups
 
 LEASE_WAIT_S = 5.0
 """How long a worker's question stays open before the stream tells it to ask again."""
@@ -49,6 +47,8 @@ class RolloutWorker:
 
     def run(self) -> Iterator[list[RolloutGroup]]:
         """Yield the finished groups of one lease at a time until the stream says stop."""
+        from aquarl.rl.rewards import scored_groups
+
         while True:
             offer = self._wait_for(self._stream.lease.remote(self._name, self._have), "a lease")
             if offer.is_over:
@@ -85,6 +85,8 @@ class RolloutWorker:
 
         The question stays open at the stream, so that looking costs a fraction of a millisecond.
         """
+        from aquarl.engines.torch_engine import TorchSampler
+
         assert isinstance(self._sampler, TorchSampler), "RLConfig allows no other"
         asked = self._stream.newer.remote(self._have)
 
@@ -123,6 +125,10 @@ def sampler_maker(config: Config, shape: Shape, tokenizer: Tokenizer) -> Callabl
 
     def make_torch() -> Sampler:
         import torch
+
+        from aquarl.engines.torch_engine import TorchSampler
+        from aquarl.model.gpt import GPT
+        from aquarl.model.modes import keep_memory
 
         torch.set_num_threads(threads)
         keep_memory()

@@ -40,7 +40,8 @@ from aquarl.model.checkpoint import (
     save_checkpoint,
     stage_folder,
 )
-from aquarl.model.gpt import GPT, Shape
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 from aquarl.observe.ledger import Ledger
 from aquarl.observe.transcripts import write_transcripts
 from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights

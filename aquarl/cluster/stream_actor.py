@@ -28,7 +28,7 @@ from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import ClusterError
-from aquarl.model.gpt import Shape
+from aquarl.model.shape import Shape
 from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
 from aquarl.rl.pool_size import PoolSize
 from aquarl.rl.prompts import PromptSource

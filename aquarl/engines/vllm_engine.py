@@ -24,7 +24,8 @@ import torch
 
 from aquarl.errors import ConfigError
 from aquarl.model.flat_weights import load_flat
-from aquarl.model.gpt import GPT, Shape
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 from aquarl.records import Prompt, Rollout, Sampling, Weights
 
 ENVIRONMENT = {

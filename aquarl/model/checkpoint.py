@@ -24,7 +24,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from aquarl.errors import CheckpointError
-from aquarl.model.gpt import GPT, Shape
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 from aquarl.storage import put_together
 
 

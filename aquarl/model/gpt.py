@@ -13,47 +13,16 @@ Source: github.com/karpathy/nanochat, nanochat/gpt.py, October 2025.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aquarl.config import ModelConfig
 from aquarl.model.attention import Attend, causal
+from aquarl.model.shape import Shape
 
 SOFT_CAP = 15.0
 ROPE_BASE = 10_000.0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The numbers that fix every tensor of the model."""
-
-    vocab: int
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    context: int
-
-    @classmethod
-    def of(cls, config: ModelConfig, vocab: int) -> Shape:
-        return cls(
-            vocab=vocab,
-            layers=config.depth,
-            width=config.resolved_width,
-            heads=config.resolved_heads,
-            kv_heads=config.resolved_kv_heads,
-            context=config.context,
-        )
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def norm(x: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.model.gpt import GPT, ROPE_BASE, SOFT_CAP, Shape
+from aquarl.model.gpt import GPT, ROPE_BASE, SOFT_CAP
+from aquarl.model.shape import Shape
 
 BLOCK_NAMES = {
     "attn.c_q": "self_attn.q_proj",

@@ -31,7 +31,8 @@ from torch import Tensor
 from aquarl.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from aquarl.errors import CheckpointError, StorageError
 from aquarl.model.checkpoint import checkpoint_folder, checkpoints, save_checkpoint
-from aquarl.model.gpt import GPT, Shape
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 
 MODEL_CONFIG = {
     "sequence_len": "context",
