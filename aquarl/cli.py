@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from aquarl.config import (
@@ -131,9 +132,13 @@ def publish(config: Config, args: Arguments) -> None:
 
 def import_nanochat(config: Config, args: Arguments) -> None:
     """take a nanochat checkpoint into run.dir"""
+    from aquarl.cluster.results import record_import
     from aquarl.serve.nanochat import import_nanochat as take
 
-    print(take(args.folder, config.run.dir, args.stage))
+    began = time.time()
+    checkpoint = take(args.folder, config.run.dir, args.stage)
+    record_import(config, args.stage, checkpoint, began)
+    print(checkpoint)
 
 
 def doctor(config: Config, args: Arguments) -> None:
@@ -285,7 +290,12 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--dry-run", action="store_true", help="print the settings and stop")
         if name in ("chat", "export", "publish", "import-nanochat"):
             default = "sft" if name == "import-nanochat" else "rl"
-            sub.add_argument("--stage", default=default, help=f"whose checkpoint ({default})")
+            sub.add_argument(
+                "--stage",
+                default=default,
+                choices=("base", "mid", "sft", "rl"),
+                help=f"whose checkpoint ({default})",
+            )
         if name in ("evaluate", "pipeline", "demo"):
             sub.add_argument("--json", action="store_true", help="print one JSON object")
             sub.add_argument("--against", metavar="DIR[:STAGE]", help="compare with another run")

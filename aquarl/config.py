@@ -385,7 +385,9 @@ def load_config(file_or_preset: str | None = None, overrides: Sequence[str] = ()
                 "Write for example rl.steps=100."
             )
         _set(tree, key.strip().split("."), _value(value.strip()), key)
-    return build_config(tree)
+    config = build_config(tree)
+    _check_scheme(config.run.dir)
+    return config
 
 
 def build_config(tree: dict[str, Any]) -> Config:
@@ -479,8 +481,21 @@ def own_settings(run_dir: str) -> str | None:
 
 
 def _exists(path: str) -> bool:
+    _check_scheme(path)
     fs, where = fsspec.url_to_fs(path)
     return bool(fs.isfile(where))
+
+
+def _check_scheme(path: str) -> None:
+    """Raise ConfigError if nothing here can read from such a place."""
+    scheme = fsspec.core.split_protocol(path)[0] or "file"
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"{path} cannot be reached: {error}. Write a folder of this machine, gs://..., or "
+            "s3://..."
+        ) from error
 
 
 def to_toml(config: Config) -> str:
@@ -488,7 +503,10 @@ def to_toml(config: Config) -> str:
     lines: list[str] = []
     for name, section in config.model_dump(mode="json").items():
         lines.append(f"[{name}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in section.items() if value is not None]
+        lines += [
+            f"# {key} is not set" if value is None else f"{key} = {_toml(value)}"
+            for key, value in section.items()
+        ]
         lines.append("")
     return "\n".join(lines)
 

@@ -76,6 +76,13 @@ def everything_in(folder: Path) -> dict[str, bytes]:
         (["chat", "run.dir=nowhere"], "nowhere/tokenizer. Run `aquarl tokenizer`"),
         (["report", "run.dir=nowhere"], "nothing to report"),
         (["submit", "dance"], "There is no job 'dance'"),
+        (["chat", "run.dir=nowhere", "--stage", "stf"], "invalid choice: 'stf'"),
+        (["rl", "run.dir=gx://bucket/run"], "gx://bucket/run/config.toml cannot be reached"),
+        (
+            ["rl", "--config", "demo", "run.dir=gx://bucket/run"],
+            "gx://bucket/run cannot be reached",
+        ),
+        (["rl", "--config", "gx://bucket/my.toml"], "gx://bucket/my.toml cannot be reached"),
     ],
 )
 def test_a_mistake_in_the_command_is_one_sentence(
@@ -213,7 +220,7 @@ def unfinished(finished_run: Path, tmp_path: Path) -> Iterator[Path]:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     shutil.rmtree(run / "checkpoints/rl")
-    for name in ("results/rl.json", "ledger.jsonl", "metrics.jsonl", "config.toml"):
+    for name in ("results/rl.json", "ledger.jsonl", "metrics.jsonl"):
         (run / name).unlink()
     before = everything_in(run)
     yield run
@@ -252,6 +259,29 @@ def test_a_learner_group_that_no_cluster_can_start_is_given_up_with_a_reason(
 
 
 # What stands in a run directory and is not as it was.
+
+
+def test_a_checkpoint_of_another_size_is_not_gone_on_from(
+    refused: Refuse, finished_run: Path, tiny: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for part in ("tokenizer", "checkpoints/base"):
+        shutil.copytree(finished_run / part, run / part)
+    (run / "results").mkdir()
+    shutil.copy(finished_run / "results/tokenizer.json", run / "results")
+    before = everything_in(run)
+    said = refused("base", "--config", tiny, f"run.dir={run}", "model.depth=3")
+    assert "layers=2" in said and "layers=3" in said and "Choose another run.dir" in said
+    assert everything_in(run).items() >= before.items()
+
+
+def test_a_damaged_ledger_is_named(refused: Refuse, finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    with (run / "ledger.jsonl").open("a") as ledger:
+        ledger.write("{\n")
+    said = refused("report", f"run.dir={run}")
+    assert "Line 49 of" in said and "ledger.jsonl is damaged" in said
 
 
 def test_an_empty_split_is_refused_before_anything_is_measured(

@@ -12,6 +12,7 @@ import pytest
 import tiktoken
 import torch
 
+from aquarl.cli import main
 from aquarl.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from aquarl.errors import AquarlError, CheckpointError
 from aquarl.model.checkpoint import load_model, read_meta
@@ -23,6 +24,7 @@ from aquarl.serve.nanochat import (
     read_nanochat,
     read_tokenizer,
 )
+from tests.conftest import assert_same, weights
 from tests.fakes import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(b"th", b"the")
@@ -318,3 +320,14 @@ def test_a_second_stage_joins_the_first(folder: Path, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     import_nanochat(str(folder), run, "base")
     assert import_nanochat(str(folder), run, "sft").endswith("checkpoints/sft/step_000650")
+
+
+@pytest.mark.slow
+def test_what_was_imported_is_trained_on(finished_run: Path, tiny: str, tmp_path: Path) -> None:
+    there, run = str(tmp_path / "nanochat"), tmp_path / "run"
+    nanochat = ["--format", "nanochat", "--stage", "sft"]
+    assert main(["export", there, *nanochat, f"run.dir={finished_run}"]) == 0
+    assert main(["import-nanochat", there, f"run.dir={run}"]) == 0
+    assert main(["rl", "--config", tiny, f"run.dir={run}"]) == 0
+    assert_same(weights(run), weights(finished_run))
+    assert main(["report", f"run.dir={run}"]) == 0

@@ -25,9 +25,9 @@ from aquarl.cluster.results import (
     ran_on,
     record,
     require_predecessor,
+    settings_kept,
     stands,
     tokenizer_folder,
-    write_config,
 )
 from aquarl.config import Config
 from aquarl.errors import ClusterError
@@ -58,8 +58,7 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
     if "rl" in missing:
         check_engine(config)
     require_predecessor(config, missing[0])
-    write_config(config)
-    with connected(config), plain_errors():
+    with connected(config), settings_kept(config), plain_errors():
         _run(config, missing, since)
 
 
@@ -184,6 +183,7 @@ def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]
         result["ran_on"] = ran_on()
     result["wall_s"] = time.time() - began
     result["rollout_workers"] = config.rl.rollout_workers.min
+    result["settings"] = config.evaluate.model_dump(mode="json")
     put_json(f"{config.run.dir}/results/evaluate.json", result)
     return result
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import fsspec
 
 from aquarl.config import Config, to_toml
-from aquarl.errors import CheckpointError, ConfigError
+from aquarl.errors import AquarlError, CheckpointError, ConfigError
 from aquarl.records import Metrics
 from aquarl.storage import put
 
@@ -117,6 +119,27 @@ def record(config: Config, stage: str, since: float, metrics: Metrics, **facts: 
     return f"{stage:>9}  done in {summary['wall_s']:5.1f} s  {numbers}"
 
 
+def record_import(config: Config, stage: str, checkpoint: str, since: float) -> None:
+    """Write that a stage is finished which was trained elsewhere, with settings unknown here.
+
+    So whatever is asked of the next stage agrees with them. Raises: StorageError.
+    """
+    from aquarl.model.checkpoint import read_meta
+
+    finished = time.time()
+    summary = {
+        "stage": stage,
+        "started": since,
+        "finished": finished,
+        "wall_s": finished - since,
+        "ran_on": ran_on(),
+        "metrics": {},
+        "settings": {},
+        "steps": read_meta(checkpoint)["step"],
+    }
+    put_json(f"{config.run.dir}/results/{stage}.json", summary)
+
+
 def ran_on() -> dict[str, Any]:
     """Return the hardware of the machine that asks, and how large the Ray cluster around it is."""
     import ray
@@ -183,9 +206,35 @@ def finished_checkpoint(run_dir: str, stage: str) -> str:
         ) from error
 
 
-def write_config(config: Config) -> None:
-    """Keep the settings in the run directory. Raises: StorageError."""
-    put(f"{config.run.dir}/config.toml", to_toml(config).encode())
+@contextmanager
+def settings_kept(config: Config) -> Iterator[None]:
+    """Keep the settings in the run directory, from where later commands take them.
+
+    If the block fails before it has saved anything, those of before stand again.
+
+    Raises: StorageError.
+    """
+    path = f"{config.run.dir}/config.toml"
+    fs, where = fsspec.url_to_fs(path)
+    before, saved = (fs.cat_file(where) if fs.isfile(where) else None), _saved(config)
+    put(path, to_toml(config).encode())
+    try:
+        yield
+    except AquarlError:
+        if _saved(config) == saved:
+            put(path, before) if before is not None else fs.rm_file(where)
+        raise
+
+
+def _saved(config: Config) -> set[str]:
+    """Return the files of results and checkpoints that there are."""
+    folders = ("results", "checkpoints")
+    found: set[str] = set()
+    for folder in folders:
+        fs, where = fsspec.url_to_fs(f"{config.run.dir}/{folder}")
+        fs.invalidate_cache()
+        found.update(fs.find(where))
+    return found
 
 
 def put_json(path: str, value: Any) -> None:

@@ -31,6 +31,7 @@ from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
 from aquarl.data.batches import RowSource
 from aquarl.data.tokenizer import Tokenizer
+from aquarl.errors import ConfigError
 from aquarl.model.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
@@ -104,7 +105,7 @@ def _supervised_stage(
         model = finished_policy(config.run.dir, COMES_FROM[stage], tokenizer.fingerprint)
     if then_rl and member.rank == 0:
         post.stream.begin.remote(model.shape)  # the rollout workers start while this stage trains
-    train, validation = _rows(post, stage, tokenizer)
+    train, validation, refused = _rows(post, stage, tokenizer)
     trainer = SupervisedTrainer(
         model.to(member.device),
         getattr(config, stage),
@@ -139,22 +140,33 @@ def _supervised_stage(
 
     train_stage(trainer, log=log, save=save)
     positions = trainer.rows_in_step * train.context * trainer.config.steps
-    post.finish(stage, since, last, steps=trainer.step, tokens=positions)
+    post.finish(stage, since, last, steps=trainer.step, tokens=positions, refused=refused)
 
 
 def _load_into(model: GPT, folder: str, tokenizer: Tokenizer) -> None:
-    model.load_state_dict(load_model(folder, tokenizer.fingerprint).state_dict())
+    loaded = load_model(folder, tokenizer.fingerprint)
+    if loaded.shape != model.shape:
+        raise ConfigError(
+            f"{folder} holds a model of {loaded.shape}, and these settings ask for {model.shape}. "
+            f"Choose another run.dir, or delete {folder.rpartition('/')[0]} to begin that stage "
+            "anew."
+        )
+    model.load_state_dict(loaded.state_dict())
 
 
-def _rows(post: Post, stage: str, tokenizer: Tokenizer) -> tuple[RowSource, RowSource]:
+def _rows(
+    post: Post, stage: str, tokenizer: Tokenizer
+) -> tuple[RowSource, RowSource, dict[str, int]]:
+    """Return a stage's rows to train and to validate on, and which of its data were refused."""
     config = post.config
     if stage == "base":
         folder = token_folder(config)
         post.member.once_a_machine(lambda: base.encode_corpus(config, tokenizer, folder))
-        return base.rows(config, tokenizer, folder)
+        return *base.rows(config, tokenizer, folder), {}
     if stage == "mid":
-        return mid.rows(config, tokenizer)
-    return sft.rows(config, tokenizer, load_problems(config.data, config.run.seed))
+        return *mid.rows(config, tokenizer), {}
+    splits = load_problems(config.data, config.run.seed)
+    return *sft.rows(config, tokenizer, splits), dict(splits.refused)
 
 
 def token_folder(config: Config) -> Path:

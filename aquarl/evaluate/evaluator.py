@@ -181,6 +181,7 @@ class _Asker:
     def permutation(self, problems: Sequence[Problem]) -> dict[str, Any]:
         shifts: list[dict[str, Any]] = []
         choices: list[list[str | None]] = [[] for _ in problems]
+        right: list[list[bool]] = [[] for _ in problems]
         for places in range(max(len(problem.options) for problem in problems)):
             asked = [i for i, problem in enumerate(problems) if len(problem.options) > places]
             moved = [shifted(problems[i], places) for i in asked]
@@ -189,11 +190,15 @@ class _Asker:
             shifts.append({"places": places, **{key: measured[key] for key in kept}})
             for i, problem, letter in zip(asked, moved, measured["chosen"], strict=True):
                 choices[i].append(_content(problem, letter))
+                right[i].append(letter == problem.answer_letter)
         consistency, always = content_consistency(choices)
         correct, n = (sum(shift[key] for shift in shifts) for key in ("correct", "n"))
+        low, high = clustered_interval([sum(row) / len(row) for row in right], len(shifts))
         return {
             "n": len(problems),
             "accuracy": correct / n,
+            "low": low,
+            "high": high,
             "shifts": shifts,
             "content_consistency": consistency,
             "always_same_content": always,

@@ -144,7 +144,7 @@ def evaluation_part(evaluation: dict[str, Any]) -> str:
         letters = " ".join(f"{letter}:{count}" for letter, count in greedy["letters"].items())
         how_rows.append([stage, _percent(greedy["committed_fraction"])])
         how_rows[-1] += [_percent(greedy["cut_fraction"]), _number(greedy.get("mean_tokens"))]
-        how_rows[-1] += [letters, _percent(moved.get("accuracy"))]
+        how_rows[-1] += [letters, _interval(moved)]
         how_rows[-1] += [_percent(moved.get("content_consistency"))]
     parts = [
         f"## Accuracy ({evaluation.get('split', '')} split)\n\n{_table(head, rows)}",
@@ -153,6 +153,7 @@ def evaluation_part(evaluation: dict[str, Any]) -> str:
         "the chance that one of k is right (guessing among 5: pass@4 59 %, pass@8 83 %). *Letter "
         "logit* lets the model write nothing and takes its likeliest letter: another question, "
         "not comparable with the rest.",
+        *_how_it_was_measured(evaluation),
         f"### How it answers (greedy)\n\n{_table(how, how_rows)}",
         "*Committed*: has an `Answer: X` line. *Cut*: ended by the length limit. *Shifted "
         "options*: accuracy over all rotations of the options; far below greedy means the model "
@@ -200,6 +201,17 @@ def _environment_part(facts: dict[str, Any]) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _how_it_was_measured(evaluation: dict[str, Any]) -> list[str]:
+    """Return a sentence on it, or nothing for a result that does not say."""
+    if not (settings := evaluation.get("settings")):
+        return []
+    return [
+        f"Sampled: {settings['samples']} answers a problem at temperature "
+        f"{settings['temperature']:g}. All answers end after {settings['max_new_tokens']} tokens. "
+        f"The evaluation took {_time(evaluation.get('wall_s'))}."
+    ]
 
 
 def _interval(measured: dict[str, Any]) -> str:

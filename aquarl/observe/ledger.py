@@ -15,6 +15,7 @@ from typing import Any
 
 import fsspec
 
+from aquarl.errors import DataError
 from aquarl.records import Lease, RolloutGroup
 from aquarl.storage import put
 
@@ -80,9 +81,23 @@ class Ledger:
 
 
 def read_ledger(run_dir: str) -> list[dict[str, Any]]:
-    """Return the rows of a run's ledger in the order of training; none before RL."""
-    fs, path = fsspec.url_to_fs(f"{run_dir.rstrip('/')}/ledger.jsonl")
+    """Return the rows of a run's ledger in the order of training; none before RL.
+
+    Raises: DataError, when a line is damaged.
+    """
+    place = f"{run_dir.rstrip('/')}/ledger.jsonl"
+    fs, path = fsspec.url_to_fs(place)
+    rows: list[dict[str, Any]] = []
     try:
-        return [json.loads(line) for line in fs.cat_file(path).splitlines()]
+        lines = fs.cat_file(path).splitlines()
     except FileNotFoundError:
-        return []
+        return rows
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(
+                f"Line {number} of {place} is damaged ({error}), so it cannot be told what was "
+                "trained. Move that file away to do without it."
+            ) from error
+    return rows
