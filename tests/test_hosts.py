@@ -295,8 +295,9 @@ def test_after_the_end_of_the_cluster_the_same_command_goes_on_from_the_checkpoi
     (books,) = cluster.head.processes("gcs_server")
     os.kill(books, signal.SIGKILL)
     died_at = time.time()
-    following.communicate(timeout=120)
+    _, err = following.communicate(timeout=120)
     assert following.returncode == 2 and not (after_sft / "results/rl.json").exists()
+    assert "start it and type the same command again" in err and "Traceback" not in err
     there = cluster.head, cluster.learner, cluster.rollouts[0]
     eventually(lambda: all_up(cluster, there), 180)
     up_at = time.time()

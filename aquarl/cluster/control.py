@@ -21,6 +21,8 @@ from aquarl.errors import ClusterError, ConfigError
 JOBS = ("tokenizer", "base", "mid", "sft", "rl", "evaluate", "report", "pipeline")
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = "http://127.0.0.1:8265"
+LOST_AFTER_S = 20.0
+"""Without an answer of a cluster, following a job ends."""
 STOP_WAIT_S = "20"
 """How long a stopped job has to end in order before it is killed."""
 
@@ -100,11 +102,23 @@ def submit(stage: str, config: Config) -> str:
             "~/.ray/auth_token or RAY_AUTH_TOKEN."
         ) from error
     print(f"{job} is submitted; `ray job stop {job}` ends it, and it can be resumed.", flush=True)
-    shown = 0
+    shown, answered = 0, time.monotonic()
     try:
         while True:
-            state = client.get_job_status(job)
-            log = client.get_job_logs(job)
+            try:
+                state = client.get_job_status(job)
+                log = client.get_job_logs(job)
+                answered = time.monotonic()
+            except (OSError, RuntimeError) as error:
+                if time.monotonic() - answered > LOST_AFTER_S:
+                    raise ClusterError(
+                        f"The cluster at {address} has said nothing of {job} for "
+                        f"{LOST_AFTER_S:.0f} s ({first_line(error)}). If it still runs, `ray job "
+                        f"logs --follow {job}` shows the job; if it is gone, start it and type "
+                        "the same command again: it goes on from the last checkpoint."
+                    ) from error
+                time.sleep(1)
+                continue
             print(log[shown:], end="", flush=True)
             shown = len(log)
             if state in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED):
@@ -132,5 +146,5 @@ def _pairs(config: Config) -> Iterator[str]:
     for line in to_toml(config).splitlines():
         if line.startswith("["):
             section = line.strip("[]")
-        elif line:
+        elif line and not line.startswith("#"):  # not set
             yield f"{section}.{line.replace(' = ', '=', 1)}"
