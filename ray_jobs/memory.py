@@ -1,6 +1,6 @@
 """Ray job: does anything grow while a run goes on? Every process's memory, and the object store.
 
-    python ray_jobs/memory.py [--minutes 30] [--every 10] [--config chaos] [key=value ...]
+    python ray_jobs/memory.py [--minutes 30] [--every 10] [--config chaos] rl.steps=100000
 
 Runs RL, after the stages before it where they do not stand, and looks at all processes of its own
 Ray: what each holds for itself (resident, without what it shares), and what lies in the object
@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -198,6 +199,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not looker.is_over:  # a person's
                 raise
     steps = steps_of(config.run.dir)
+    if not looker.is_over:
+        sys.exit(
+            f"The run was over after its {steps} steps, before {args.minutes:g} minutes were. "
+            "Give it more (rl.steps=100000), and a run.dir of its own."
+        )
     found = {
         "machine": f"{os.cpu_count()} x {cpu_model()}", "minutes": args.minutes, "steps": steps,
         "rows": judged(looker.seen, 60 * args.minutes), "seen": looker.seen,
