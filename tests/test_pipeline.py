@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from aquarl.observe.metrics import read_metrics
 from aquarl.rl.prompts import PromptSource
 from aquarl.tasks.catalog import load_problems
 from tests.conftest import rows
+from tests.fakes import REAL, real_data
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 STEPS = {"base": 4, "mid": 10, "sft": 10, "rl": 6}
@@ -201,3 +202,39 @@ def test_stages_one_by_one_give_the_weights_of_the_pipeline(
         )
         assert here.read_bytes() == there.read_bytes()
     assert len(checkpoints(f"{folder}/checkpoints/base")) == 2
+
+
+@pytest.mark.slow
+@real_data("aqua")
+def test_real_files_go_from_text_to_report(tmp_path: Path) -> None:
+    """Some rows of each file that README names, with the preset that it names."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    rows_of = {
+        "aqua/train.json": 300, "aqua/dev.json": 40, "chat/chat.jsonl": 40,
+        "gsm8k/train.jsonl": 40, "mmlu/val.jsonl": 40, "mmlu/dev.jsonl": 20,
+    }  # fmt: skip
+    for name, count in rows_of.items():
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        with (REAL / name).open() as source:
+            (data / name).write_text("".join(islice(source, count)))
+    (data / "corpus").mkdir()
+    shutil.copy(min((REAL / "corpus").glob("*.zst"), key=os.path.getsize), data / "corpus")
+    small = (
+        "data.validation_fraction=0.3", "tokenizer.train_chars=300000",
+        "tokenizer.vocab_size=1000", "model.width=64",
+        "model.heads=1", "base.steps=2", "mid.steps=2", "sft.steps=2", "rl.steps=2",
+        "rl.max_new_tokens=8", "evaluate.max_new_tokens=8", "evaluate.samples=2", "evaluate.k=[1]",
+        "evaluate.permutation_problems=4", "cluster.learner_cpus=0.5", "cluster.rollout_cpus=0.5",
+    )  # fmt: skip
+    preset = ["--config", "ray_jobs/aqua_cpu.toml", f"data.root={data}", f"run.dir={run}"]
+    assert main(["pipeline", *preset, *small]) == 0
+    measured = json.loads((run / "results/evaluate.json").read_text())
+    assert (measured["split"], measured["n"]) == ("validation", 40)
+    letters = Counter(
+        json.loads(line)["correct"] for line in (data / "aqua/dev.json").read_text().splitlines()
+    )
+    for stage in ("sft", "rl"):
+        greedy = measured["stages"][stage]["greedy"]
+        assert greedy["majority_baseline"] == max(letters.values()) / 40
+        assert greedy["low"] <= greedy["accuracy"] <= greedy["high"]
+    assert "Accuracy (validation split)" in (run / "report.md").read_text()
