@@ -225,6 +225,8 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
         assert f'run="{after_sft}"' in scraped
         assert metrics_of(head, "ray_aquarl_rollout_workers")
         assert metrics_of(head, "ray_aquarl_rollout_workers_wanted")
+        assert metrics_of(head, "ray_aquarl_stream_depth_groups")
+        assert metrics_of(head, "ray_aquarl_staleness")
 
         jobs = json.loads(dashboard(head, "/api/jobs/"))
         job = next(j for j in jobs if j["submission_id"] and j["status"] == "RUNNING")

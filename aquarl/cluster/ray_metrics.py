@@ -72,9 +72,8 @@ class StreamMetrics:
         ):
             if self._waiting[name]:  # Ray refuses to add 0
                 total.inc(self._waiting[name])
-        if self._waiting["groups"]:
-            self._staleness.set(self._behind)
         self._waiting.clear()
+        self._staleness.set(self._behind)  # a gauge is shown for as long as it is set again
         self._depth.set(depth)
         self._workers.set(workers)
         self._wanted.set(wanted)
