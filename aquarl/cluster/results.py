@@ -98,7 +98,8 @@ def record(config: Config, stage: str, since: float, metrics: Metrics, **facts: 
     Args:
         since: Unix seconds at which the stage began.
         metrics: The last value of each.
-        facts: What else the report shows of it: steps, tokens, learners.
+        facts: What else the report shows of it: steps, tokens, learners. They come before what is
+            said of it here.
 
     Raises:
         StorageError: It cannot be written.
@@ -126,18 +127,8 @@ def record_import(config: Config, stage: str, checkpoint: str, since: float) -> 
     """
     from aquarl.model.checkpoint import read_meta
 
-    finished = time.time()
-    summary = {
-        "stage": stage,
-        "started": since,
-        "finished": finished,
-        "wall_s": finished - since,
-        "ran_on": ran_on(),
-        "metrics": {},
-        "settings": {},
-        "steps": read_meta(checkpoint)["step"],
-    }
-    put_json(f"{config.run.dir}/results/{stage}.json", summary)
+    steps = read_meta(checkpoint)["step"]
+    record(config, stage, since, {}, settings={}, steps=steps)
 
 
 def ran_on() -> dict[str, Any]:
@@ -228,9 +219,8 @@ def settings_kept(config: Config) -> Iterator[None]:
 
 def _saved(config: Config) -> set[str]:
     """Return the files of results and checkpoints that there are."""
-    folders = ("results", "checkpoints")
     found: set[str] = set()
-    for folder in folders:
+    for folder in ("results", "checkpoints"):
         fs, where = fsspec.url_to_fs(f"{config.run.dir}/{folder}")
         fs.invalidate_cache()
         found.update(fs.find(where))

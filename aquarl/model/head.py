@@ -109,12 +109,12 @@ class _Chunk:
         # Capped as they are, no maximum has to be taken off before.
         self.weights_CV = self.logits_CV.exp()
         self.sums_C1 = self.weights_CV.sum(dim=1, keepdim=True)
-        logprobs_C1 = self.logits_CV.gather(1, self.ids_C1) - self.sums_C1.log()
-        self.logprobs_C = logprobs_C1[:, 0]
+        self.logsums_C1 = self.sums_C1.log()
+        self.logprobs_C = (self.logits_CV.gather(1, self.ids_C1) - self.logsums_C1)[:, 0]
 
     def entropy_C(self) -> Tensor:
         products_C11 = torch.bmm(self.weights_CV[:, None], self.logits_CV[:, :, None])
-        return self.sums_C1.log()[:, 0] - products_C11[:, 0, 0] / self.sums_C1[:, 0]
+        return (self.logsums_C1 - products_C11[:, 0] / self.sums_C1)[:, 0]
 
     def slopes_CV(self) -> Tensor:
         """Return what a logprob gains by each of its row's logits before the cap.
