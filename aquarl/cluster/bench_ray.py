@@ -69,7 +69,7 @@ def bench_ray(kind: str, work: Work, *, workers: int, repeats: int, threads: int
         "gb_per_s": round(machine.bytes / 1e9, 1),
     }
     with tempfile.TemporaryDirectory(prefix="aquarl_bench_") as folder:
-        lines = KINDS[kind](work, f"{folder}/run", machine, workers, repeats, threads)
+        lines = list(KINDS[kind](work, f"{folder}/run", machine, workers, repeats, threads))
     return [about | line | here for line in lines]
 
 
