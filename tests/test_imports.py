@@ -156,12 +156,18 @@ def test_importing_everything_but_the_cluster_loads_no_heavy_package() -> None:
     assert run.stdout.strip() == "[]"
 
 
-def test_the_actors_between_workers_and_learner_start_without_torch() -> None:
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("aquarl.cluster.relay, aquarl.cluster.stream_actor", ("torch", "ray.train", "ray.data")),
+        ("aquarl.cluster.meeting", ("torch",)),
+    ],
+)
+def test_the_actors_between_workers_and_learner_start_without_torch(
+    modules: str, heavy: tuple[str, ...]
+) -> None:
     """It takes two seconds to import, which a run waits for when the stream has died."""
-    code = (
-        "import sys, aquarl.cluster.relay, aquarl.cluster.stream_actor\n"
-        "print([p for p in ('torch', 'ray.train', 'ray.data') if p in sys.modules])"
-    )
+    code = f"import sys, {modules}\nprint([p for p in {heavy} if p in sys.modules])"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

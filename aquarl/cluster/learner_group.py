@@ -22,11 +22,13 @@ import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
-from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from torch import nn
 
 from aquarl.cluster.connection import cluster_address
+from aquarl.cluster.meeting import OneMachine
 from aquarl.config import Config, build_config
 from aquarl.errors import AquarlError, ClusterError
 from aquarl.model.modes import keep_memory
@@ -96,7 +98,7 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     backend = "nccl" if cluster.learner_gpus else "gloo"
     meeting = tempfile.mkdtemp(prefix="aquarl_learners_")
     is_elsewhere = cluster_address(config) is not None
-    torch_config = TorchConfig(backend) if is_elsewhere else _OneMachine(backend, meeting)
+    torch_config = TorchConfig(backend) if is_elsewhere else OneMachine(backend, meeting)
     storage = f"{config.run.dir}/ray_train"  # Train's own notes, which nobody reads afterwards
     trainer = _Trainer(
         _Loop(work),
@@ -145,9 +147,18 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
 
 
 class _Trainer(TorchTrainer):
-    """Leaves Ctrl-C to us: Train's handler ends the process with status 1, and stays for good."""
+    """Leaves Ctrl-C to us: Train's handler ends the process with status 1, and stays for good.
+
+    Does without two of Train's helpers, each a process that takes 2 s of CPU time to start. There
+    is no Ray Data here; and what holds the group's place when its controller dies goes with the
+    job, while the helper for that keeps a group that is done waiting for 12 s.
+    """
 
     _controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unneeded = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, unneeded)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
@@ -192,34 +203,6 @@ def _train_storage(folder: str) -> dict[str, Any]:
         return {"storage_path": folder}
     fs, path = fsspec.url_to_fs(folder)
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
-
-
-class _OneMachine(TorchConfig):
-    """Learners of one machine meet in a file: torch's TCP store listens on every interface."""
-
-    def __init__(self, backend: str, folder: str) -> None:
-        super().__init__(backend)
-        self.folder = folder
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return _MeetInFile
-
-
-class _MeetInFile(Backend):
-    share_cuda_visible_devices = True  # as Train's own, for NCCL
-
-    def on_start(self, worker_group: Any, backend_config: _OneMachine) -> None:
-        """Join the workers, each time the group starts. One alone needs no group."""
-        if (world := len(worker_group)) == 1:
-            return
-        backend = backend_config.backend
-        meeting = f"file://{backend_config.folder}/{time.time_ns()}"
-
-        def join(place: int) -> None:
-            dist.init_process_group(backend, meeting, rank=place, world_size=world)
-
-        ray.get([worker_group.execute_single_async(i, join, i) for i in range(world)])
 
 
 def _root(error: BaseException) -> str:
