@@ -80,7 +80,6 @@ def ray_here() -> Iterator[Any]:
     import ray
 
     assert not ray.is_initialized()
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(
         address="local",
         num_cpus=4,

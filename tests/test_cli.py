@@ -261,18 +261,23 @@ def test_a_learner_group_that_no_cluster_can_start_is_given_up_with_a_reason(
 # What stands in a run directory and is not as it was.
 
 
-def test_a_checkpoint_of_another_size_is_not_gone_on_from(
-    refused: Refuse, finished_run: Path, tiny: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("setting", "before"), [("model.depth=3", "2"), ("base.matrix_lr=0.03", "0.02")]
+)
+def test_an_unfinished_stage_is_not_gone_on_with_under_other_settings(
+    refused: Refuse, finished_run: Path, tiny: str, tmp_path: Path, setting: str, before: str
 ) -> None:
     run = tmp_path / "run"
     for part in ("tokenizer", "checkpoints/base"):
         shutil.copytree(finished_run / part, run / part)
     (run / "results").mkdir()
     shutil.copy(finished_run / "results/tokenizer.json", run / "results")
-    before = everything_in(run)
-    said = refused("base", "--config", tiny, f"run.dir={run}", "model.depth=3")
-    assert "layers=2" in said and "layers=3" in said and "Choose another run.dir" in said
-    assert everything_in(run).items() >= before.items()
+    there = everything_in(run)
+    said = refused("base", "--config", tiny, f"run.dir={run}", setting)
+    key, value = setting.split("=")
+    assert f"an unfinished base stage with {key}={before}, not {value}." in said
+    assert f"delete {run}/checkpoints/base to make" in said
+    assert everything_in(run).items() >= there.items()
 
 
 def test_a_damaged_ledger_is_named(refused: Refuse, finished_run: Path, tmp_path: Path) -> None:

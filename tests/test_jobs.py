@@ -223,6 +223,8 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
 
         scraped = eventually(lambda: metrics_of(head, "ray_aquarl_groups_total"), 30)
         assert f'run="{after_sft}"' in scraped
+        for name in ("rollouts", "sampled_tokens", "reward"):
+            assert metrics_of(head, f"ray_aquarl_{name}_total")
         assert metrics_of(head, "ray_aquarl_rollout_workers")
         assert metrics_of(head, "ray_aquarl_rollout_workers_wanted")
         assert metrics_of(head, "ray_aquarl_stream_depth_groups")

@@ -173,6 +173,14 @@ def test_the_mixture_honours_passes_and_is_the_same_for_the_same_seed(root: Path
         mixture(config_of(root, mid={"arc": 0.0}), 1)
 
 
+def test_rows_that_the_mixture_cannot_use_are_counted(root: Path) -> None:
+    row = {"question": "m", "options": FOUR}
+    write(root / "mmlu/auxiliary_train.jsonl", [row | {"correct": label} for label in "AZZ"])
+    refused: Counter[str] = Counter()
+    assert len(mixture(config_of(root, mid={"mmlu": 1.0}), 0, "train", refused)) == 1
+    assert refused == {"label not among the options": 2}
+
+
 def test_the_mixture_permutes_the_options_of_train_problems_only() -> None:
     def first_options(split: str, permutes: bool) -> set[str]:
         config = config_of(permute_options=permutes, mid={"task": 1.0})

@@ -22,13 +22,13 @@ import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from torch import nn
 
 from aquarl.cluster.connection import cluster_address
-from aquarl.cluster.meeting import OneMachine
+from aquarl.cluster.meeting import Meeting
 from aquarl.config import Config, build_config
 from aquarl.errors import AquarlError, ClusterError
 from aquarl.model.modes import keep_memory
@@ -90,20 +90,21 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     """
     cluster, learners = config.cluster, config.cluster.learners
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    # A learner whose node is taken away goes on elsewhere from its checkpoint, warned or not.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     resources = {"CPU": cluster.learner_cpus}
     if cluster.learner_gpus:
         resources["GPU"] = cluster.learner_gpus
     backend = "nccl" if cluster.learner_gpus else "gloo"
-    meeting = tempfile.mkdtemp(prefix="aquarl_learners_")
-    is_elsewhere = cluster_address(config) is not None
-    torch_config = TorchConfig(backend) if is_elsewhere else OneMachine(backend, meeting)
+    is_here = cluster_address(config) is None
+    meeting = tempfile.mkdtemp(prefix="aquarl_learners_") if is_here else None
     storage = f"{config.run.dir}/ray_train"  # Train's own notes, which nobody reads afterwards
     trainer = _Trainer(
         _Loop(work),
         train_loop_config={"config": config.model_dump(mode="json")},
-        torch_config=torch_config,
+        torch_config=Meeting(backend, meeting),
         scaling_config=ScalingConfig(
             num_workers=learners.min
             if learners.min == learners.max
@@ -141,7 +142,8 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
         ) from error
     finally:
         remove(storage)
-        remove(meeting)
+        if meeting:
+            remove(meeting)
     if fault := returned.get("fault"):
         raise AquarlError(fault)
 

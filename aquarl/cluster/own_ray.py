@@ -36,7 +36,6 @@ def alone() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
         "RAY_TMPDIR": str(sessions.parent),  # where it is anyway: `aquarl status` looks there
         "TMPDIR": folder,  # of Ray's processes; some leave sockets and encoded text behind
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,
     }

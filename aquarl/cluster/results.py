@@ -36,10 +36,13 @@ DEPENDS_ON = {
 }
 """Sections that decide a stage's result, beside those of the stages before it."""
 WITHOUT_EFFECT = {
-    "dir", "rollout_workers", "save_every", "eval_every", "transcripts_per_step",
+    "dir", "rollout_workers", "save_every", "eval_every", "eval_rows", "eval_problems",
+    "micro_rows", "micro_prompts", "transcripts_per_step",
     "wait_timeout_s", "lease_timeout_s", "worker_restarts", "lease_deaths",
 }  # fmt: skip
 """Keys that may change between runs without making another policy."""
+Settings = dict[str, dict[str, Any]]
+"""Values by section and key."""
 HEADLINES = ("vocabulary", "loss/validation", "loss/bits_per_byte", "validation/accuracy")
 
 
@@ -57,17 +60,28 @@ def stands(config: Config, stage: str) -> bool:
     recorded = _get_json(path)
     if recorded is None:
         return False
+    folder = f"{config.run.dir}/checkpoints/{stage}"
+    require_same(config, stage, recorded["settings"], "a finished", f"{path} and {folder}")
+    return True
+
+
+def require_same(config: Config, stage: str, recorded: Settings, kind: str, remove: str) -> None:
+    """Raise ConfigError if a stage was made, so far, with other settings than these.
+
+    Args:
+        recorded: What `settings_of` was then. What is not in it agrees.
+        kind: "a finished" or "an unfinished".
+        remove: What to delete to make the stage again.
+    """
     for section, keys in settings_of(config, stage).items():
         for key, value in keys.items():
-            before = recorded["settings"].get(section, {}).get(key, value)
+            before = recorded.get(section, {}).get(key, value)
             if before != value:
                 raise ConfigError(
-                    f"{config.run.dir} holds a finished {stage} stage with {section}.{key}="
+                    f"{config.run.dir} holds {kind} {stage} stage with {section}.{key}="
                     f"{json.dumps(before)}, not {json.dumps(value)}. Choose another run.dir, or "
-                    f"delete {path} and {config.run.dir}/checkpoints/{stage} to make that stage "
-                    "again."
+                    f"delete {remove} to make that stage again."
                 )
-    return True
 
 
 def require_predecessor(config: Config, stage: str) -> None:
@@ -80,7 +94,7 @@ def require_predecessor(config: Config, stage: str) -> None:
         )
 
 
-def settings_of(config: Config, stage: str) -> dict[str, dict[str, Any]]:
+def settings_of(config: Config, stage: str) -> Settings:
     """Return the settings that decide a stage's result, those of the stages before it included."""
     everything = config.model_dump(mode="json")
     sections: list[str] = []

@@ -24,6 +24,8 @@ from aquarl.cluster.results import (
     finished_at,
     finished_policy,
     record,
+    require_same,
+    settings_of,
     stands,
     tokenizer_folder,
 )
@@ -31,7 +33,6 @@ from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
 from aquarl.data.batches import RowSource
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.errors import ConfigError
 from aquarl.model.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
@@ -117,7 +118,7 @@ def _supervised_stage(
         member.world,
     )
     if newest := latest_checkpoint(stage_folder(config.run.dir, stage)):
-        _load_into(model, newest, tokenizer)
+        _load_into(model, newest, post, stage, tokenizer)
         trainer.load_state(load_training(newest))
     last: Metrics = {}
 
@@ -135,6 +136,7 @@ def _supervised_stage(
                 step=trainer.step,
                 tokenizer_fingerprint=tokenizer.fingerprint,
                 training=trainer.state(),
+                facts={"settings": settings_of(config, stage)},
             )
         )
 
@@ -143,15 +145,20 @@ def _supervised_stage(
     post.finish(stage, since, last, steps=trainer.step, tokens=positions, refused=refused)
 
 
-def _load_into(model: GPT, folder: str, tokenizer: Tokenizer) -> None:
-    loaded = load_model(folder, tokenizer.fingerprint)
-    if loaded.shape != model.shape:
-        raise ConfigError(
-            f"{folder} holds a model of {loaded.shape}, and these settings ask for {model.shape}. "
-            f"Choose another run.dir, or delete {folder.rpartition('/')[0]} to begin that stage "
-            "anew."
-        )
-    model.load_state_dict(loaded.state_dict())
+def _load_into(
+    model: GPT, folder: str, post: Post, stage: str, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Go on from a checkpoint. Returns the facts that were saved with it.
+
+    Raises:
+        ConfigError: It was made with other settings: the rest of the stage would belong to
+            neither.
+    """
+    facts: dict[str, Any] = read_meta(folder)["facts"]
+    recorded = facts.get("settings", {})
+    require_same(post.config, stage, recorded, "an unfinished", folder.rpartition("/")[0])
+    model.load_state_dict(load_model(folder, tokenizer.fingerprint).state_dict())
+    return facts
 
 
 def _rows(
@@ -164,7 +171,7 @@ def _rows(
         post.member.once_a_machine(lambda: base.encode_corpus(config, tokenizer, folder))
         return *base.rows(config, tokenizer, folder), {}
     if stage == "mid":
-        return *mid.rows(config, tokenizer), {}
+        return mid.rows(config, tokenizer)
     splits = load_problems(config.data, config.run.seed)
     return *sft.rows(config, tokenizer, splits), dict(splits.refused)
 
@@ -196,9 +203,8 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
     )
     frontier = trained_tokens = 0
     if newest := latest_checkpoint(stage_folder(config.run.dir, "rl")):
-        _load_into(model, newest, tokenizer)
+        facts = _load_into(model, newest, post, "rl", tokenizer)
         learner.load_state(load_training(newest))
-        facts = read_meta(newest)["facts"]
         frontier, trained_tokens = int(facts["frontier"]), int(facts["trained_tokens"])
 
     stream = RayStream(config, post.stream)
@@ -237,7 +243,11 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
                 step=learner.step,
                 tokenizer_fingerprint=tokenizer.fingerprint,
                 training=learner.state(),
-                facts={"frontier": frontier, "trained_tokens": trained_tokens},
+                facts={
+                    "settings": settings_of(config, "rl"),
+                    "frontier": frontier,
+                    "trained_tokens": trained_tokens,
+                },
             )
 
         member.together(write)

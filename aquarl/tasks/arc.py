@@ -22,8 +22,13 @@ HUB_CONFIGS = ("ARC-Easy", "ARC-Challenge")
 FILES = {"train": "arc/train.jsonl", "validation": "arc/dev.jsonl"}
 
 
-def load_arc(config: DataConfig, split: str = "train") -> tuple[Problem, ...]:
+def load_arc(
+    config: DataConfig, split: str = "train", refused: Counter[str] | None = None
+) -> tuple[Problem, ...]:
     """Return the problems of "train" or "validation", from `<root>/arc/` or from the hub.
+
+    Args:
+        refused: Rows that cannot be used are counted here, by reason.
 
     Raises:
         DataError: A file is missing or broken, or no row of it can be used.
@@ -32,7 +37,7 @@ def load_arc(config: DataConfig, split: str = "train") -> tuple[Problem, ...]:
     if config.root is not None:
         name = join(config.root, FILES[split])
         rows = read_rows(name)
-    refused: Counter[str] = Counter()
+    refused = Counter() if refused is None else refused
     problems = collect(rows, split, refused)
     if not problems:
         raise DataError(f"No row of {name} could be used: {dict(refused)}. Mend the rows.")

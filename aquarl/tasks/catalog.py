@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -81,13 +82,16 @@ def load_conversations(
     return [_as_conversation(item) for item in _source(name, config, seed, split)]
 
 
-def mixture(config: DataConfig, seed: int, split: str = "train") -> list[Conversation]:
+def mixture(
+    config: DataConfig, seed: int, split: str = "train", refused: Counter[str] | None = None
+) -> list[Conversation]:
     """Return the mid stage's conversations, each source as often as `config.mid` says, shuffled.
 
     Args:
         config: `mid` maps a source to passes over it: 2.0 is all of it twice, 0.5 a random half.
         seed: Decides halves, orders of options, and the shuffle.
         split: "train", or "validation": there each source in use stands once, whole.
+        refused: Rows of MMLU and ARC that cannot be used are counted here, by reason.
 
     Raises:
         DataError: A source is unknown or unusable, or the mixture is empty.
@@ -99,7 +103,7 @@ def mixture(config: DataConfig, seed: int, split: str = "train") -> list[Convers
                 raise DataError(_unknown("data.mid", name, MID_SOURCES))
             continue
         rng = random.Random(f"mid {seed} {name}")
-        loaded = _source(name, config, seed, split)
+        loaded = _source(name, config, seed, split, refused)
         permutes = config.permute_options and name == "task" and split == "train"
         for item in repeated(loaded, passes, rng) if split == "train" else loaded:
             if permutes and isinstance(item, Problem):
@@ -154,7 +158,7 @@ def _alternating(finite: Iterator[str], endless: Iterator[str]) -> Iterator[str]
 
 
 def _source(
-    name: str, config: DataConfig, seed: int, split: str
+    name: str, config: DataConfig, seed: int, split: str, refused: Counter[str] | None = None
 ) -> Sequence[Problem | Conversation]:
     assert split in ("train", "validation"), split
     if name == "chat":
@@ -162,9 +166,9 @@ def _source(
     if name == "gsm8k":
         return load_gsm8k(config, split)
     if name == "mmlu":
-        return load_mmlu(config, split)
+        return load_mmlu(config, split, refused)
     if name == "arc":
-        return load_arc(config, split)
+        return load_arc(config, split, refused)
     if name == "task":
         problems = load_problems(config, seed)
         return problems.train if split == "train" else problems.validation

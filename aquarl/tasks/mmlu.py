@@ -20,7 +20,9 @@ from aquarl.tasks.rows import collect
 HUB_MMLU = "cais/mmlu"
 
 
-def load_mmlu(config: DataConfig, split: str = "train") -> tuple[Problem, ...]:
+def load_mmlu(
+    config: DataConfig, split: str = "train", refused: Counter[str] | None = None
+) -> tuple[Problem, ...]:
     """Return the problems of one split, from `<root>/mmlu/` or from the hub.
 
     Args:
@@ -31,7 +33,7 @@ def load_mmlu(config: DataConfig, split: str = "train") -> tuple[Problem, ...]:
         DataError: A file is missing or broken, or no row of it can be used.
     """
     name, rows = _rows(config, split)
-    refused: Counter[str] = Counter()
+    refused = Counter() if refused is None else refused
     problems = collect(rows, split, refused)
     if not problems:
         raise DataError(f"No row of {name} could be used: {dict(refused)}. Mend the rows.")
