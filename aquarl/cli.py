@@ -307,7 +307,7 @@ def _parse(argv: Sequence[str] | None) -> Arguments:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if flags := [word for word in rest if word.startswith("-")]:
-        parser.error(f"there is no option {flags[0]} here")
+        parser.error(f"there is no option {flags[0].partition('=')[0]} here")
     args.overrides += rest
     return args
 

@@ -37,7 +37,9 @@ from aquarl.errors import ConfigError
 JOB_FOLDER = "/working_dir_files/"
 """Ray unpacks a job's `working_dir` below a folder of this name."""
 SECRET = re.compile(
-    r"://[^@\s]*:[^@\s]*@|[?&][^=&\s]*(key|password|secret|signature|token)[^=&\s]*=", re.IGNORECASE
+    r"://[^@\s]*:[^@\s]*@|https?://[^/@\s]+@"
+    r"|[?&][^=&\s]*(auth|credential|key|password|secret|sig|token)[^=&\s]*=",
+    re.IGNORECASE,
 )
 """How a URL looks that has a password in it."""
 PRESETS = Path(__file__).resolve().parent.parent / "ray_jobs"

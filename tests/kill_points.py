@@ -3,7 +3,8 @@
 The run is the real one; it is only given these classes in place of its own. Files in the run
 directory say what happens: one in `armed/` is a point at which a process dies of SIGKILL, after
 removing that file, so that each death happens once; whoever takes up a lease with a problem named
-in `poison` dies every time; with a file `broken` no worker can start.
+in `poison` dies every time, the first time of an error if there is a file `mild`; with a file
+`broken` no worker can start.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ class MortalWorker(RolloutWorker):
 
         def mortal(prompts: Any, seeds: Any, sampling: Any) -> Any:
             if any(prompt.problem_id in self._poison for prompt in prompts):
+                if (mild := Path(self._run_dir, "mild")).exists():
+                    mild.unlink()
+                    raise RuntimeError("out of cards")
                 os.kill(os.getpid(), signal.SIGKILL)
             if self._sampler.version >= FROM_STEP:
                 die_once(self._run_dir, "lease")

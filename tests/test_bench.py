@@ -148,10 +148,11 @@ def test_the_command_prints_one_object(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.slow
-def test_rays_part_is_measured_on_the_very_same_steps(ray_here: Any) -> None:
+def test_rays_part_is_measured_on_the_very_same_steps(
+    ray_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`bench_ray` itself asserts that both ways end with the same weights, to the bit."""
-    temporary = Path(tempfile.gettempdir())
-    before = set(temporary.glob("aquarl_*"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (line,) = bench_ray("ray", WORK, workers=1, repeats=2, threads=1)
     assert line["tokens"] > 0 and line["ratio"] > 0
     assert "CPU seconds" in ray_as_text(line)
@@ -162,4 +163,4 @@ def test_rays_part_is_measured_on_the_very_same_steps(ray_here: Any) -> None:
     lines = bench_ray("workers", WORK, workers=2, repeats=1, threads=1)
     assert [line["workers"] for line in lines] == [1, 2]
     assert lines[0]["ratio"] == 1.0 and lines[1]["tokens_per_s"]["median"] > 0
-    assert set(temporary.glob("aquarl_*")) <= before
+    assert not list(tmp_path.iterdir())

@@ -49,6 +49,7 @@ def test_a_lease_that_kills_its_workers_is_set_aside_and_the_run_goes_on(
     source = PromptSource(load_problems(config.data, config.run.seed).train, words, config.run.seed)
     lease = [source.prompt(position).problem_id for position in range(12, 16)]  # the last of step 1
     (after_sft / "poison").write_text(lease[2])
+    (after_sft / "mild").touch()
     employ(monkeypatch)
     budget = ("rl.lease_deaths=2", "rl.worker_restarts=1")
     assert run_rl(tiny, after_sft, *budget) == 0
@@ -64,6 +65,7 @@ def test_a_lease_that_kills_its_workers_is_set_aside_and_the_run_goes_on(
     assert [curve[step]["reward/groups"] for step in range(3)] == [8, 4, 8]
     said = capsys.readouterr().err
     assert "2 rollout workers died over lease" in said and lease[2] in said
+    assert not (after_sft / "mild").exists(), "one of an error, one of SIGKILL"
     assert json.loads((after_sft / "results/rl.json").read_text())["stream"]["set_aside"] == 1
 
 

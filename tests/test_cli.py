@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -132,6 +133,16 @@ def test_help_and_grade_start_without_torch_or_ray(problems: Callable[..., str])
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mean reward 1.0000 over 1 answers" in done.stdout
+
+
+def test_a_cluster_that_takes_a_job_and_says_nothing_is_given_up(
+    refused: Refuse, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aquarl.cluster.control.LOST_AFTER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"cluster.address=http://127.0.0.1:{silent.getsockname()[1]}"
+        said = refused("submit", "rl", "--config", tiny, f"run.dir={tmp_path}/run", address)
+    assert "No cluster takes jobs at http://127.0.0.1" in said
 
 
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path, tiny: str) -> None:
@@ -277,7 +288,7 @@ def test_an_unfinished_stage_is_not_gone_on_with_under_other_settings(
     key, value = setting.split("=")
     assert f"an unfinished base stage with {key}={before}, not {value}." in said
     assert f"delete {run}/checkpoints/base to make" in said
-    assert everything_in(run).items() >= there.items()
+    assert everything_in(run) == there
 
 
 def test_a_damaged_ledger_is_named(refused: Refuse, finished_run: Path, tmp_path: Path) -> None:

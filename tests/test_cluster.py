@@ -8,11 +8,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    WorkerCrashedError,
+)
+from ray.train.torch import TorchConfig
 
 from aquarl.cli import main
+from aquarl.cluster.errors import plain_errors
+from aquarl.cluster.meeting import Meeting
+from aquarl.errors import ClusterError
 from aquarl.records import Metrics
 from tests.conftest import assert_same, rows, run_rl, weights
 
@@ -27,11 +40,59 @@ def test_one_worker_gives_the_weights_of_one_process(
     assert_same(weights(finished_run), expected)
 
 
-def test_two_workers_give_the_same_and_both_work(
+def test_workers_of_two_kinds_give_the_same(
     after_sft: Path, tiny: str, in_process: tuple[dict[str, torch.Tensor], list[Metrics]]
 ) -> None:
-    assert run_rl(tiny, after_sft, "rl.rollout_workers=2") == 0
+    kinds = "cluster.rollout_kinds=[{cpus = 0.5}, {cpus = 0.25}]"
+    assert run_rl(tiny, after_sft, "rl.rollout_workers=2", kinds) == 0
     assert_same(weights(after_sft), in_process[0])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RayActorError(),
+        WorkerCrashedError(),
+        OutOfMemoryError("a node ran low on memory"),
+        NodeDiedError("a node is gone"),
+        ObjectLostError("0" * 56, None, ""),
+    ],
+)
+def test_a_part_that_is_gone_is_said_in_a_sentence(error: RayError) -> None:
+    with pytest.raises(ClusterError, match=r"start the same command again"), plain_errors():
+        raise error
+    with pytest.raises(type(error)), plain_errors(dead_is_a_mistake=False):
+        raise error
+
+
+class Group:
+    """As much of Ray Train's worker group as a backend asks for its size."""
+
+    def __init__(self, learners: int) -> None:
+        self.learners = learners
+
+    def __len__(self) -> int:
+        return self.learners
+
+
+def test_learners_of_several_machines_meet_as_torchs_own_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, int, str]] = []
+    for name in ("on_start", "on_shutdown"):
+
+        def note(self: Any, group: Group, config: TorchConfig, name: str = name) -> None:
+            asked.append((name, len(group), str(config.backend)))
+
+        monkeypatch.setattr(TorchConfig().backend_cls, name, note)
+    meeting = Meeting("nccl", None, 60)
+    assert meeting.train_func_context is TorchConfig().train_func_context
+    backend = meeting.backend_cls()
+    assert backend.share_cuda_visible_devices
+    for learners in (1, 2):
+        backend.on_start(Group(learners), meeting)
+        backend.on_shutdown(Group(learners), meeting)
+    assert asked == [("on_start", 2, "nccl"), ("on_shutdown", 2, "nccl")]
 
 
 @pytest.mark.slow

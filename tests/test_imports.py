@@ -163,10 +163,10 @@ def test_importing_everything_but_the_cluster_loads_no_heavy_package() -> None:
         ("aquarl.cluster.meeting", ("torch",)),
     ],
 )
-def test_the_actors_between_workers_and_learner_start_without_torch(
+def test_what_only_hires_and_hands_on_starts_without_torch(
     modules: str, heavy: tuple[str, ...]
 ) -> None:
-    """It takes two seconds to import, which a run waits for when the stream has died."""
+    """It takes two seconds to import, which a run waits for: with the stream, with the learner."""
     code = f"import sys, {modules}\nprint([p for p in {heavy} if p in sys.modules])"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120

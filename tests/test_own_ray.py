@@ -263,6 +263,8 @@ def test_a_lasting_cluster_gets_everything_back(
         ("rl", "run.dir=s3://AKIA5EC4E7:5ec4e7/a@bucket/run"),
         ("rl", "data.root=https://host/file?X-Amz-Signature=5ec4e7"),
         ("publish", "https://user:5ec4e7@host/run"),
+        ("publish", "https://5ec4e7@host/run"),
+        ("rl", "data.root=https://host/file?sv=1&sig=5ec4e7"),
         ("rl", "track.wandb=" + SECRETS["WANDB_API_KEY"]),
         ("rl", "track.api_key=" + SECRETS["WANDB_API_KEY"]),
     ],
@@ -273,6 +275,12 @@ def test_a_secret_among_the_settings_is_refused_and_not_repeated(
     assert main([*argv, "--dry-run"]) == 2
     said = capsys.readouterr()
     assert not re.search("5ec4e7", said.out + said.err, re.IGNORECASE)
+
+
+def test_a_secret_in_an_unknown_option_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rl", "--api-key=5ec4e7"]) == 2
+    assert "there is no option --api-key here" in (said := capsys.readouterr().err)
+    assert "5ec4e7" not in said
 
 
 def test_a_url_without_a_password_is_none_of_these(capsys: pytest.CaptureFixture[str]) -> None:

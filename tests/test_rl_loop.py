@@ -172,6 +172,22 @@ def test_a_run_evaluates_and_saves_when_it_should(guesser: dict[str, Tensor]) ->
     assert {step: saved[0] for step, saved in run.saved.items()} == {2: 12, 4: 24, 5: 30}
 
 
+def test_a_step_that_is_set_aside_whole_passes(guesser: dict[str, Tensor]) -> None:
+    run = Run(config_of(prompts_per_lease=6, lease_deaths=1), guesser)
+    next_step = run.in_process.next_step
+
+    def losing(step: int, rank: int, world: int) -> StepShare:
+        if step == 2:
+            run.stream.lease("dying", 0.0)
+            run.stream.lost("dying")
+        return next_step(step, rank, world)
+
+    run.in_process.next_step = losing  # type: ignore[method-assign]
+    run.go()
+    assert sorted(run.curve) == [0, 1, 3, 4, 5], "that one has no loss"
+    assert run.validations[2]["reward/groups"] == 0
+
+
 def test_a_finished_run_only_evaluates(guesser: dict[str, Tensor]) -> None:
     run = Run(config_of(steps=3), guesser)
     run.learner.step = 3

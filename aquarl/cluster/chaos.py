@@ -420,7 +420,11 @@ def page(report: dict[str, Any]) -> str:
     """Return chaos.md: the same for a page."""
     rows = [HEADINGS, ("---",) * len(HEADINGS), *cells(report)]
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    return f"{table}\n" + "".join(f"{sentence}\n" for sentence in comparisons(report))
+    budgets = (
+        "The disturbed runs had no budgets (rl.worker_restarts, rl.lease_deaths, "
+        "cluster.max_failures): a run with its own ends when they are used up.\n\n"
+    )
+    return f"{table}\n{budgets}" + "".join(f"{sentence}\n" for sentence in comparisons(report))
 
 
 def require(report: dict[str, Any], run_dir: str) -> None:

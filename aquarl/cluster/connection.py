@@ -68,6 +68,11 @@ def _join(address: str, namespace: str) -> None:
                 logging_level=logging.ERROR,
             )
     except (RuntimeError, ValueError, OSError, AuthenticationError) as error:
+        if address == "local":
+            raise ClusterError(
+                f"Ray does not start on this machine ({first_line(error)}). `aquarl doctor` says "
+                "what it lacks; Ray's own log is in the newest folder below /tmp/ray."
+            ) from error
         raise ClusterError(
             f"There is no Ray cluster to join at {address} ({first_line(error)}). "
             "Start one with `ray start --head`, or leave cluster.address out to use this machine."

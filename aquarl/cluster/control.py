@@ -87,7 +87,7 @@ def submit(stage: str, config: Config) -> str:
     address = config.cluster.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
     address = address if "://" in address else f"http://{address}"
     try:
-        client = JobSubmissionClient(address)
+        client = _impatient(JobSubmissionClient)(address)
         job = client.submit_job(
             entrypoint=shlex.join(["python", str(script), *settings(config)]),
             runtime_env={
@@ -127,6 +127,16 @@ def submit(stage: str, config: Config) -> str:
     except KeyboardInterrupt:
         print(f"\n{job} goes on; `ray job logs --follow {job}` shows it.", flush=True)
         return "RUNNING"
+
+
+def _impatient(client: Any) -> Any:
+    """Return Ray's client with an end to each of its questions: it would wait for ever."""
+
+    class Impatient(client):
+        def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._do_request(*args, **{"timeout": LOST_AFTER_S} | kwargs)
+
+    return Impatient
 
 
 def settings(config: Config) -> list[str]:

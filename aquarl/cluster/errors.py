@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from aquarl.errors import AquarlError, ClusterError
+
+GONE = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 
 @contextmanager
@@ -27,7 +36,7 @@ def plain_errors(*, dead_is_a_mistake: bool = True) -> Iterator[None]:
         if (mistake := users_mistake(error)) is not None:
             raise mistake from None
         raise
-    except RayActorError as error:
+    except GONE as error:
         if not dead_is_a_mistake:
             raise
         raise ClusterError(

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from aquarl.cluster.connection import beside_driver, cluster_address, connected, namespace
 from aquarl.cluster.errors import plain_errors
-from aquarl.cluster.kinds import first_kinds
+from aquarl.cluster.kinds import first_kinds, kinds_of
 from aquarl.cluster.results import (
     finished_at,
     put_json,
@@ -194,7 +194,7 @@ def check_engine(config: Config) -> None:
     Raises:
         ConfigError: vLLM is to sample, but is not installed, or not at these temperatures.
     """
-    if config.rl.engine != "vllm":
+    if all(kind.engine != "vllm" for kind in kinds_of(config)):
         return
     from aquarl.engines.vllm_engine import check_temperature, require_vllm
 

@@ -90,8 +90,6 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     """
     cluster, learners = config.cluster, config.cluster.learners
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-    # A learner whose node is taken away goes on elsewhere from its checkpoint, warned or not.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     resources = {"CPU": cluster.learner_cpus}
@@ -99,12 +97,16 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
         resources["GPU"] = cluster.learner_gpus
     backend = "nccl" if cluster.learner_gpus else "gloo"
     is_here = cluster_address(config) is None
+    if is_here or learners.max == 1:
+        # What warns of a node that is taken away takes 2 s to start. Several learners may want it:
+        # else what the others say of the one that is gone counts against cluster.max_failures.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     meeting = tempfile.mkdtemp(prefix="aquarl_learners_") if is_here else None
     storage = f"{config.run.dir}/ray_train"  # Train's own notes, which nobody reads afterwards
     trainer = _Trainer(
         _Loop(work),
         train_loop_config={"config": config.model_dump(mode="json")},
-        torch_config=Meeting(backend, meeting),
+        torch_config=Meeting(backend, meeting, cluster.start_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=learners.min
             if learners.min == learners.max
@@ -151,9 +153,9 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
 class _Trainer(TorchTrainer):
     """Leaves Ctrl-C to us: Train's handler ends the process with status 1, and stays for good.
 
-    Does without two of Train's helpers, each a process that takes 2 s of CPU time to start. There
-    is no Ray Data here; and what holds the group's place when its controller dies goes with the
-    job, while the helper for that keeps a group that is done waiting for 12 s.
+    Does without two of Train's helpers, each a process that takes 2 s of CPU time to start. Nothing
+    here uses Ray Data; and a placement group whose controller died goes with its job anyway, while
+    the helper that looks after it keeps a group that is done waiting for up to 12 s.
     """
 
     _controller: Any = None

@@ -1,7 +1,7 @@
 """How learners become one process group, without torch where nobody needs it.
 
-Ray Train's controller holds this in place of a `TorchConfig`, whose module imports torch: a learner
-of its own needs no group, and its controller starts with 2 s of CPU time less.
+Ray Train's controller holds this in place of a `TorchConfig`, whose module imports torch: a single
+learner needs no group, and its controller starts with 2 s of CPU time less.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ class Meeting(BackendConfig):
 
     Args:
         backend: "gloo" or "nccl".
-        folder: On a machine of one's own, where to put that file.
+        folder: Where to put that file. None: they may be on several machines.
+        within_s: How long that may take.
     """
 
-    def __init__(self, backend: str, folder: str | None) -> None:
-        self.backend, self.folder = backend, folder
+    def __init__(self, backend: str, folder: str | None, within_s: float) -> None:
+        self.backend, self.folder, self.within_s = backend, folder, within_s
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -32,9 +33,10 @@ class Meeting(BackendConfig):
 
     @property
     def train_func_context(self) -> Any:
-        return self.by_torch().train_func_context
+        return self.torch_config().train_func_context
 
-    def by_torch(self) -> Any:
+    def torch_config(self) -> Any:
+        """Return the `TorchConfig` that this stands for."""
         from ray.train.torch import TorchConfig
 
         return TorchConfig(self.backend)
@@ -48,7 +50,7 @@ class _Meet(Backend):
         if (world := len(worker_group)) == 1:
             return
         if backend_config.folder is None:
-            config = backend_config.by_torch()
+            config = backend_config.torch_config()
             config.backend_cls().on_start(worker_group, config)
             return
         backend = backend_config.backend
@@ -59,10 +61,11 @@ class _Meet(Backend):
 
             dist.init_process_group(backend, meeting, rank=place, world_size=world)
 
-        ray.get([worker_group.execute_single_async(i, join, i) for i in range(world)])
+        joining = [worker_group.execute_single_async(i, join, i) for i in range(world)]
+        ray.get(joining, timeout=backend_config.within_s)
 
     def on_shutdown(self, worker_group: Any, backend_config: Meeting) -> None:
         """Leave the group that torch's own way made; a file's needs no goodbye."""
         if len(worker_group) > 1 and backend_config.folder is None:
-            config = backend_config.by_torch()
+            config = backend_config.torch_config()
             config.backend_cls().on_shutdown(worker_group, config)

@@ -37,10 +37,10 @@ DEPENDS_ON = {
 """Sections that decide a stage's result, beside those of the stages before it."""
 WITHOUT_EFFECT = {
     "dir", "rollout_workers", "save_every", "eval_every", "eval_rows", "eval_problems",
-    "micro_rows", "micro_prompts", "transcripts_per_step",
+    "micro_rows", "micro_prompts", "prompts_per_lease", "transcripts_per_step",
     "wait_timeout_s", "lease_timeout_s", "worker_restarts", "lease_deaths",
 }  # fmt: skip
-"""Keys that may change between runs without making another policy."""
+"""Keys that may change between runs and make no other policy, but for rounding."""
 Settings = dict[str, dict[str, Any]]
 """Values by section and key."""
 HEADLINES = ("vocabulary", "loss/validation", "loss/bits_per_byte", "validation/accuracy")
@@ -53,19 +53,27 @@ def tokenizer_folder(config: Config) -> str:
 def stands(config: Config, stage: str) -> bool:
     """Return whether a stage was finished in this run directory with these settings.
 
+    A checkpoint keeps the settings that it was made with, so that the rest of a stage is made with
+    the same.
+
     Raises:
-        ConfigError: It was finished with others, or its record is damaged.
+        ConfigError: It was finished, or begun, with others, or its record is damaged.
     """
     path = f"{config.run.dir}/results/{stage}.json"
-    recorded = _get_json(path)
-    if recorded is None:
-        return False
     folder = f"{config.run.dir}/checkpoints/{stage}"
-    require_same(config, stage, recorded["settings"], "a finished", f"{path} and {folder}")
-    return True
+    if (recorded := _get_json(path)) is not None:
+        _require_same(config, stage, recorded["settings"], "a finished", f"{path} and {folder}")
+        return True
+    fs, where = fsspec.url_to_fs(folder)
+    if fs.isdir(where):
+        from aquarl.model.checkpoint import newest_facts
+
+        recorded = newest_facts(folder).get("settings", {})
+        _require_same(config, stage, recorded, "an unfinished", folder)
+    return False
 
 
-def require_same(config: Config, stage: str, recorded: Settings, kind: str, remove: str) -> None:
+def _require_same(config: Config, stage: str, recorded: Settings, kind: str, remove: str) -> None:
     """Raise ConfigError if a stage was made, so far, with other settings than these.
 
     Args:

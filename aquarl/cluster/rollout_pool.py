@@ -96,7 +96,8 @@ class RolloutWorker:
                 return None
             offer, weights = ray.get(asked), None
             if offer.weights is not None:
-                weights, self._have = ray.get(offer.weights), offer.identity
+                weights = self._wait_for(offer.weights, "new weights")
+                self._have = offer.identity
             asked = self._stream.newer.remote(self._have)
             return weights
 

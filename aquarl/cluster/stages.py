@@ -24,7 +24,6 @@ from aquarl.cluster.results import (
     finished_at,
     finished_policy,
     record,
-    require_same,
     settings_of,
     stands,
     tokenizer_folder,
@@ -33,6 +32,7 @@ from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
 from aquarl.data.batches import RowSource
 from aquarl.data.tokenizer import Tokenizer
+from aquarl.errors import ConfigError
 from aquarl.model.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
@@ -50,6 +50,7 @@ from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepS
 from aquarl.rl.learner import Learner
 from aquarl.rl.loop import train_policy
 from aquarl.rl.stream import what_is_set_aside
+from aquarl.storage import remove
 from aquarl.tasks.base import to_prompt
 from aquarl.tasks.catalog import load_problems
 from aquarl.train import base, mid, sft
@@ -118,7 +119,7 @@ def _supervised_stage(
         member.world,
     )
     if newest := latest_checkpoint(stage_folder(config.run.dir, stage)):
-        _load_into(model, newest, post, stage, tokenizer)
+        _load_into(model, newest, tokenizer)
         trainer.load_state(load_training(newest))
     last: Metrics = {}
 
@@ -143,22 +144,19 @@ def _supervised_stage(
     train_stage(trainer, log=log, save=save)
     positions = trainer.rows_in_step * train.context * trainer.config.steps
     post.finish(stage, since, last, steps=trainer.step, tokens=positions, refused=refused)
+    if stage == "base" and "://" in config.run.dir:
+        member.once_a_machine(lambda: remove(str(token_folder(config))))
 
 
-def _load_into(
-    model: GPT, folder: str, post: Post, stage: str, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """Go on from a checkpoint. Returns the facts that were saved with it.
-
-    Raises:
-        ConfigError: It was made with other settings: the rest of the stage would belong to
-            neither.
-    """
-    facts: dict[str, Any] = read_meta(folder)["facts"]
-    recorded = facts.get("settings", {})
-    require_same(post.config, stage, recorded, "an unfinished", folder.rpartition("/")[0])
-    model.load_state_dict(load_model(folder, tokenizer.fingerprint).state_dict())
-    return facts
+def _load_into(model: GPT, folder: str, tokenizer: Tokenizer) -> None:
+    loaded = load_model(folder, tokenizer.fingerprint)
+    if loaded.shape != model.shape:
+        raise ConfigError(
+            f"{folder} holds a model of {loaded.shape}, and these settings ask for {model.shape}. "
+            f"Choose another run.dir, or delete {folder.rpartition('/')[0]} to begin that stage "
+            "anew."
+        )
+    model.load_state_dict(loaded.state_dict())
 
 
 def _rows(
@@ -203,8 +201,9 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
     )
     frontier = trained_tokens = 0
     if newest := latest_checkpoint(stage_folder(config.run.dir, "rl")):
-        facts = _load_into(model, newest, post, "rl", tokenizer)
+        _load_into(model, newest, tokenizer)
         learner.load_state(load_training(newest))
+        facts = read_meta(newest)["facts"]
         frontier, trained_tokens = int(facts["frontier"]), int(facts["trained_tokens"])
 
     stream = RayStream(config, post.stream)

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
 from aquarl.cluster.errors import last_line, users_mistake
 from aquarl.cluster.kinds import for_kind, kinds_of, next_kind
@@ -27,7 +27,7 @@ from aquarl.cluster.rollout_pool import LEASE_WAIT_S, hire, sampler_maker
 from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.errors import ClusterError
+from aquarl.errors import CheckpointError, ClusterError, ConfigError, DataError
 from aquarl.model.shape import Shape
 from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
 from aquarl.rl.pool_size import PoolSize
@@ -70,6 +70,8 @@ class StreamActor:
         self._identity: WeightsIdentity | None = None
         self._workers: dict[str, ActorHandle] = {}
         self._kinds: dict[str, int] = {}
+        self._dismissed: set[str] = set()
+        """Workers that were not up when they became too many: their end is no death."""
         self._up: set[str] = set()
         """Workers that have asked for work; the others start, or wait for a place."""
         self._size: PoolSize | None = PoolSize(config.rl)
@@ -128,6 +130,7 @@ class StreamActor:
         while self._begun and len(self._workers) < workers:
             self._hire()
         for name in self._surplus() - self._up:
+            self._dismissed.add(name)
             ray.kill(self._workers[name])
         await self._notify()
 
@@ -196,9 +199,17 @@ class StreamActor:
             await self._notify(workers=self._config.rl.refill_uniform_groups)
 
     async def _bury(self, name: str, error: RayError) -> None:
-        """Free a dead worker's lease and hire another, unless too many died already."""
-        self._workers.pop(name, None)
+        """Free a dead worker's lease and hire another, unless too many died already.
+
+        One that failed is ended, whatever it failed of: an error of its engine, memory that ran
+        out, a group that was lost with its node.
+        """
+        if (worker := self._workers.pop(name, None)) is not None:
+            ray.kill(worker)
         leases = self._stream.lost(name)
+        if name in self._dismissed:
+            await self._notify()
+            return
         set_aside = [x for x in leases if x.deaths >= self._config.rl.lease_deaths]
         self._metrics.lost(set_aside)
         for lease in set_aside:
@@ -207,15 +218,14 @@ class StreamActor:
             self._deaths_in_a_row += 1
         if self._is_over or len(self._workers) >= self._wanted:
             pass
-        elif (mistake := users_mistake(error)) is not None:
+        elif isinstance(mistake := users_mistake(error), (ConfigError, DataError, CheckpointError)):
             self._fault = str(mistake)  # every worker would say the same
-        elif not isinstance(error, RayActorError) or self._deaths_in_a_row > self._limit:
+        elif self._deaths_in_a_row > self._limit:
             self._fault = (
                 f"Rollout worker {name} died ({last_line(error)}) and {self._replaced} were "
                 "replaced before it, so replacing it again would not help. The last checkpoint is "
-                "whole. If the log ends in an out-of-memory error, halve "
-                "rl.rollouts_per_prompt or rl.prompts_per_lease; then start the same command "
-                "again to resume."
+                "whole. If the log ends in an out-of-memory error, halve rl.prompts_per_lease; "
+                "then start the same command again to resume."
             )
         else:
             self._replaced += 1
@@ -354,12 +364,13 @@ class StreamActor:
                 f"{kind.cpus:g} CPUs and {kind.gpus:g} GPUs, of which "
                 f"{ray.available_resources().get('CPU', 0):g} and "
                 f"{ray.available_resources().get('GPU', 0):g} are free. Lower rl.rollout_workers, "
-                "cluster.rollout_cpus or cluster.rollout_gpus, or add nodes."
+                "cluster.rollout_cpus or cluster.rollout_gpus, add nodes, or raise "
+                "rl.wait_timeout_s where nodes take longer to come."
             )
         return (
             f"Waited {seconds:.0f} s for {what}, and they did not come: {len(self._workers)} "
             f"workers hold {self._stream.holders()}. Raise rl.wait_timeout_s if this work really "
-            "takes so long, or lower rl.prompts_per_lease or rl.max_new_tokens."
+            "takes so long, or lower rl.prompts_per_lease."
         )
 
     async def _wait(self, deadline: float, change: asyncio.Condition | None = None) -> None:

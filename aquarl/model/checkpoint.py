@@ -15,6 +15,7 @@ import json
 import pickle
 import re
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import fsspec
@@ -48,7 +49,7 @@ def save_checkpoint(
         tokenizer_fingerprint: `Tokenizer.fingerprint`; loading checks it.
         training: Optimizer state, RNG and position: tensors and plain values only, so that it
             loads without executing anything.
-        facts: JSON-able numbers to keep beside it.
+        facts: JSON-able values to keep beside it.
 
     Raises:
         StorageError: The place is full, away or forbidden. What stood there stands.
@@ -193,6 +194,17 @@ def latest_checkpoint(stage_dir: str) -> str | None:
             continue
         return folder
     return None
+
+
+def newest_facts(stage_dir: str) -> dict[str, Any]:
+    """Return what `save_checkpoint` was last given as `facts`, without looking at the rest."""
+    for folder in reversed(checkpoints(stage_dir)):
+        fs, path = fsspec.url_to_fs(folder)
+        with suppress(OSError, ValueError, KeyError, TypeError):  # never finished, or damaged
+            meta = json.loads(fs.cat_file(f"{path}/meta.json"))
+            if meta["crc32"] == _sum_of(meta):
+                return dict(meta["facts"])
+    return {}
 
 
 def stage_folder(run_dir: str, stage: str) -> str:

@@ -98,13 +98,14 @@ def step_times(
         the workers' share is right on average over steps, and a single one may be below 0.
     """
     step_s = published - began
+    sampled_s = share.metrics.get("time/sample_per_worker_s", 0.0)  # if all was set aside, none
     return {
         "time/wait_s": waited - began,
         "time/publish_s": published - learned,
         "time/step_s": step_s,
         "time/ended": time.time(),  # Unix seconds: where to draw the step beside the workers
         "time/learner_idle_fraction": (waited - began) / step_s,
-        "time/rollout_idle_fraction": 1 - share.metrics["time/sample_per_worker_s"] / step_s,
+        "time/rollout_idle_fraction": 1 - sampled_s / step_s,
     }
 
 

@@ -91,7 +91,7 @@ def mixture(
         config: `mid` maps a source to passes over it: 2.0 is all of it twice, 0.5 a random half.
         seed: Decides halves, orders of options, and the shuffle.
         split: "train", or "validation": there each source in use stands once, whole.
-        refused: Rows of MMLU and ARC that cannot be used are counted here, by reason.
+        refused: Rows that cannot be used are counted here, by reason.
 
     Raises:
         DataError: A source is unknown or unusable, or the mixture is empty.
@@ -171,6 +171,8 @@ def _source(
         return load_arc(config, split, refused)
     if name == "task":
         problems = load_problems(config, seed)
+        if refused is not None:
+            refused.update(problems.refused)
         return problems.train if split == "train" else problems.validation
     if name == "easy":
         easy = arithmetic_problems(config.model_copy(update={"difficulty": 1}), seed + 1)
