@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from aquarl.cluster.errors import last_line, users_mistake
 from aquarl.cluster.kinds import for_kind, kinds_of, next_kind
@@ -81,7 +81,7 @@ class StreamActor:
         """When the learner got its last step."""
         self._wait_share = 0.0
         self._deaths_in_a_row = 0
-        """Of workers, since a group came in; what one lease does to several counts once."""
+        """Of workers, since a group came in. Several of one lease that kills count once."""
         self._fault: str | None = None
         self._is_over = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -214,7 +214,8 @@ class StreamActor:
         self._metrics.lost(set_aside)
         for lease in set_aside:
             logger.error("%s The last one: %s", what_is_set_aside(lease), last_line(error))
-        if not any(lease.deaths > 1 for lease in leases):
+        # An error is as likely to be the engine's as the lease's, so each counts.
+        if isinstance(error, RayTaskError) or not any(lease.deaths > 1 for lease in leases):
             self._deaths_in_a_row += 1
         if self._is_over or len(self._workers) >= self._wanted:
             pass
