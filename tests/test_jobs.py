@@ -243,9 +243,12 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
     assert not (after_sft / "results/rl.json").exists()
     assert_nothing_is_held(head)
 
+    ending = set(rollout_workers(head))  # given back, but not gone yet
     following = head.start(*submitting)
-    eventually(lambda: rollout_workers(head), 60)
-    for driver in mine(head, "ray_jobs/rl.py"):
+    eventually(lambda: set(rollout_workers(head)) - ending, 60)
+    drivers = mine(head, "ray_jobs/rl.py")
+    assert drivers
+    for driver in drivers:
         os.kill(driver, signal.SIGKILL)
     following.communicate(timeout=60)
     assert following.returncode == 2 and not (after_sft / "results/rl.json").exists()
