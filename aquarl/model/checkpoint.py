@@ -20,6 +20,7 @@ from typing import Any
 
 import fsspec
 import torch
+from fsspec import AbstractFileSystem
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -143,15 +144,20 @@ def load_training(folder: str) -> dict[str, Any]:
     return loaded
 
 
+def _meta(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads(fs.cat_file(f"{path}/meta.json"))
+    if meta["crc32"] != _sum_of(meta):
+        raise ValueError("its checksum differs")
+    return meta
+
+
 def _read(folder: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return meta and the named files, after checking every file of the checkpoint."""
     fs, path = fsspec.url_to_fs(folder)
     again = "Delete that folder; the run resumes from the checkpoint before it."
     try:
-        meta = json.loads(fs.cat_file(f"{path}/meta.json"))
+        meta = _meta(fs, path)
         listed = meta["files"]
-        if meta["crc32"] != _sum_of(meta):
-            raise ValueError("its checksum differs")
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no checkpoint in {folder}.") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -201,9 +207,7 @@ def newest_facts(stage_dir: str) -> dict[str, Any]:
     for folder in reversed(checkpoints(stage_dir)):
         fs, path = fsspec.url_to_fs(folder)
         with suppress(OSError, ValueError, KeyError, TypeError):  # never finished, or damaged
-            meta = json.loads(fs.cat_file(f"{path}/meta.json"))
-            if meta["crc32"] == _sum_of(meta):
-                return dict(meta["facts"])
+            return dict(_meta(fs, path)["facts"])
     return {}
 
 
