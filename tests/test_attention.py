@@ -125,7 +125,7 @@ def test_a_position_sees_nothing_after_it() -> None:
 def test_a_model_in_bf16_decodes_in_bf16() -> None:
     """As the sampler has it on a GPU: the fp32 mask must not widen what meets the values."""
     prompts, answers_BT = prompts_and_answers()
-    model = random_model().bfloat16()
+    model = random_model().in_precision(torch.bfloat16)
     hidden = shared_hidden(model, prompts, answers_BT)
     assert hidden.dtype == torch.bfloat16
     exact = shared_hidden(random_model(), prompts, answers_BT)

@@ -7,7 +7,7 @@ import math
 import torch
 
 from aquarl.config import ModelConfig
-from aquarl.model.gpt import GPT, SOFT_CAP, norm, rotary_tables, rotate
+from aquarl.model.gpt import GPT, SOFT_CAP, interleaved, norm, rotary_turns, rotate
 from aquarl.model.shape import Shape
 from tests.fakes import random_ids, random_model
 
@@ -23,24 +23,38 @@ def nanochat_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
 
 def test_rotation_is_nanochats() -> None:
     x_BHTK = torch.randn(2, 3, 5, 8, generator=torch.manual_seed(0))
-    cos, sin = rotary_tables(5, 8)
-    torch.testing.assert_close(rotate(x_BHTK, cos, sin), nanochat_rotary(x_BHTK, cos, sin))
+    turns = rotary_turns(5, 8)
+    expected = nanochat_rotary(x_BHTK, turns[..., 0], -turns[..., 1])
+    found = rotate(pairs_of(x_BHTK), torch.view_as_complex(turns))
+    torch.testing.assert_close(found, pairs_of(expected))
+
+
+def pairs_of(x: torch.Tensor) -> torch.Tensor:
+    """Interleave the halves of each head."""
+    return torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
+
+
+def test_interleaved_rows_give_interleaved_heads() -> None:
+    generator = torch.manual_seed(0)
+    x, weight_XD = torch.randn(3, 6, generator=generator), torch.randn(16, 6, generator=generator)
+    heads = (x @ weight_XD.T).view(3, 2, 8)
+    found = (x @ interleaved(weight_XD, 8).T).view(3, 2, 8)
+    torch.testing.assert_close(found, pairs_of(heads))
 
 
 def test_rotation_turns_by_minus_theta() -> None:
-    """By hand: pair (x0, x2) of a head of 4 at position 1 turns by one radian, clockwise."""
-    cos, sin = rotary_tables(2, 4)
+    """By hand: the first pair of a head of 4 at position 1 turns by one radian, clockwise."""
+    turns = torch.view_as_complex(rotary_turns(2, 4))
     unit = torch.zeros(1, 1, 2, 4)
     unit[..., 0] = 1.0
-    turned = rotate(unit, cos, sin)[0, 0]
+    turned = rotate(unit, turns)[0, 0]
     assert turned[0].tolist() == [1, 0, 0, 0]
-    expected = torch.tensor([math.cos(1.0), 0.0, -math.sin(1.0), 0.0])
+    expected = torch.tensor([math.cos(1.0), -math.sin(1.0), 0.0, 0.0])
     torch.testing.assert_close(turned[1], expected)
 
 
 def test_frequencies_fall_from_1_to_almost_a_ten_thousandth() -> None:
-    cos, _ = rotary_tables(2, 8)
-    angles = cos[1].acos()
+    angles = rotary_turns(2, 8)[1, :, 0].acos()
     torch.testing.assert_close(angles, torch.tensor([1.0, 0.1, 0.01, 0.001]), rtol=1e-2, atol=1e-4)
 
 

@@ -67,7 +67,10 @@ def test_hidden_states_and_gradients_are_those_of_plain_rows(
 @SHAPES
 def test_in_bf16_it_is_near(lengths: tuple[tuple[int, tuple[int, ...]], ...]) -> None:
     groups = groups_of(lengths)
-    rounded, exact = packed(random_model().bfloat16(), groups), packed(random_model(), groups)
+    rounded, exact = (
+        packed(random_model().in_precision(torch.bfloat16), groups),
+        packed(random_model(), groups),
+    )
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().mean() < 0.05
     rounded.float().sum().backward()

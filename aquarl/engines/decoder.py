@@ -5,8 +5,7 @@ It is what `GPT` computes with `attention.Continuation`, arranged for one positi
 CPU spends its time on many small kernels and on reading caches, and a GPU on being told to:
 
 - Queries, keys and values come from one product, residuals are added by a product, the embedding
-  is normalised beforehand, and the halves of a head are interleaved, so that turning it is one
-  complex product (queries and keys alike, which no score notices).
+  is normalised beforehand, and turning a head is one complex product (`gpt.interleaved`).
 - Scores are bounded, so their exponentials need no maximum (`model/packed.py`). A column of ones
   beside the values adds them up. What is not to be seen has values, and a one, of zero: so there
   is no mask and no second sum.
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from aquarl.model.attention import Prefix
-from aquarl.model.gpt import GPT, Block, norm
+from aquarl.model.gpt import GPT, Block, interleaved, norm
 from aquarl.model.head import squashed_logits
 
 BLOCK = 16
@@ -49,12 +48,8 @@ class Decoder:
     def __init__(self, model: GPT) -> None:
         self.model, self.shape = model, model.shape
         H, J, K = self.shape.heads, self.shape.kv_heads, self.shape.head_width
-        device = model.cos.device
-        half = torch.arange(K // 2, device=device)
-        self.pairs_K = torch.stack([half, half + K // 2], dim=1).flatten()
-        """Where each dimension of a head comes from: 0, K/2, 1, K/2 + 1, ..."""
-        self.turns_TK = torch.complex(model.cos, -model.sin)
-        wide = model.cos.dtype
+        device, wide = model.turns.device, model.turns.dtype
+        self.turns_TK = torch.view_as_complex(model.turns)
         eps = torch.finfo(wide).eps
         is_query_X1 = (torch.arange(H + J, device=device) < H)[:, None]
         # (squares / K + eps)^-1/2, for queries times the K^-1/2 by which scores are divided.
@@ -79,10 +74,10 @@ class Decoder:
         H, J, K = self.shape.heads, self.shape.kv_heads, self.shape.head_width
         self.embedding_VD.copy_(norm(self.model.transformer.wte.weight))
         for block, layer in zip(self._blocks, self.layers, strict=True):
-            q, k, v = layer.qkv_XD.view(-1, K, self.shape.width).split([H, J, J])
-            for part, linear in ((q, block.attn.c_q), (k, block.attn.c_k)):
-                part.copy_(linear.weight.view(part.shape)[:, self.pairs_K])
-            v.copy_(block.attn.c_v.weight.view(v.shape))
+            q, k, v = layer.qkv_XD.split([H * K, J * K, J * K])
+            q.copy_(interleaved(block.attn.c_q.weight, K))
+            k.copy_(interleaved(block.attn.c_k.weight, K))
+            v.copy_(block.attn.c_v.weight)
 
     def turns_after(self, lengths_P: Tensor, room: int) -> Tensor:
         """Return (T, P, K / 2) complex: by what each of so many positions after these is turned."""
@@ -105,7 +100,7 @@ class Decoding:
 
     def __init__(self, decoder: Decoder, prefixes: Sequence[Prefix], G: int, room: int) -> None:
         self.decoder, self.G, self.room = decoder, G, room
-        self.prompts = [SharedPrompts(prefix, decoder.pairs_K) for prefix in prefixes]
+        self.prompts = [SharedPrompts(prefix) for prefix in prefixes]
         lengths_P = torch.cat([prefix.lengths_P for prefix in prefixes])
         self.P = len(lengths_P)
         self.length = 0
@@ -207,12 +202,12 @@ class Decoding:
 class SharedPrompts:
     """Some prompts of all layers: keys (count * J, L, K), values and ones (count * J, L, W)."""
 
-    def __init__(self, prefix: Prefix, pairs_K: Tensor) -> None:
+    def __init__(self, prefix: Prefix) -> None:
         lengths = prefix.lengths_P
         self.count = len(lengths)
         L = prefix.keys_values[0][0].shape[2]
         is_real = (torch.arange(L, device=lengths.device) < lengths[:, None])[:, None, :, None]
-        self.keys = [k[..., pairs_K].flatten(0, 1) for k, _ in prefix.keys_values]
+        self.keys = [k.flatten(0, 1) for k, _ in prefix.keys_values]
         self.values = [
             torch.cat([v * is_real, is_real.to(v.dtype).expand_as(v[..., :1])], dim=3).flatten(0, 1)
             for _, v in prefix.keys_values

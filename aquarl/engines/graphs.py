@@ -66,7 +66,7 @@ class StaticDecoding(Decoding):
     def restart(self, prefix: Prefix) -> None:
         """Begin anew behind other prompts, in the places of the old ones."""
         self.turns_TPK.copy_(self.decoder.turns_after(prefix.lengths_P, self.room))
-        (old,), new = self.prompts, SharedPrompts(prefix, self.decoder.pairs_K)
+        (old,), new = self.prompts, SharedPrompts(prefix)
         for to, source in zip(old.keys + old.values, new.keys + new.values, strict=True):
             to.copy_(source)
         self.clear()

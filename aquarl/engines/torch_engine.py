@@ -162,7 +162,7 @@ class TorchSampler:
         return prefixes, torch.cat(last_hidden)
 
     def _check_room(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        longest, room = max(len(p.ids) for p in prompts), self.model.cos.shape[0]
+        longest, room = max(len(p.ids) for p in prompts), len(self.model.turns)
         if longest + max_new_tokens > room:
             raise ConfigError(
                 f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than the "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
@@ -29,7 +30,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from aquarl.model.gpt import SOFT_CAP, norm, rotary_tables, rotate
+from aquarl.model.gpt import SOFT_CAP, norm, rotary_turns
 
 ARCHITECTURE = "AquarlNanochat"
 STACKED = WeightsMapper(
@@ -61,13 +62,19 @@ class PagedAttention(nn.Module):
             prefix=f"{prefix}.attend",
         )
 
-    def forward(self, x_ND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         qkv, _ = self.c_qkv(x_ND)
         q, k, v = qkv.view(-1, sum(self.heads), self.head_width).split(self.heads, dim=1)
         # As in `model.gpt`: fp32 tables widen q and k.
-        q, k = (norm(rotate(x, cos, sin)).to(v.dtype) for x in (q, k))
+        q, k = (norm(_turned(x, *turns)).to(v.dtype) for x in (q, k))
         y_ND = self.attend(q.flatten(1), k.flatten(1), v.flatten(1))
         return self.c_proj(y_ND)[0]
+
+
+def _turned(x: Tensor, cos: Tensor, minus_sin: Tensor) -> Tensor:
+    """`gpt.rotate` for heads as nanochat has them, in real numbers, which compile."""
+    x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * minus_sin, x2 * cos + x1 * minus_sin], dim=-1)
 
 
 class MLP(nn.Module):
@@ -88,8 +95,8 @@ class Block(nn.Module):
         self.attn = PagedAttention(vllm_config, f"{prefix}.attn")
         self.mlp = MLP(vllm_config, f"{prefix}.mlp")
 
-    def forward(self, x_ND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x_ND = x_ND + self.attn(norm(x_ND), cos, sin)
+    def forward(self, x_ND: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        x_ND = x_ND + self.attn(norm(x_ND), turns)
         return x_ND + self.mlp(norm(x_ND))
 
 
@@ -104,13 +111,13 @@ class Transformer(nn.Module):
         )
         head_width = config.hidden_size // config.num_attention_heads
         # No buffers: what is registered, vLLM looks for among the weights that come in.
-        self.cos, self.sin = rotary_tables(vllm_config.model_config.max_model_len, head_width)
+        self.turns = rotary_turns(vllm_config.model_config.max_model_len, head_width)
 
     def forward(self, ids_N: Tensor, positions_N: Tensor) -> Tensor:
         x_ND = norm(self.wte(ids_N))
-        cos_N1, sin_N1 = self.cos[positions_N][:, None], self.sin[positions_N][:, None]
+        cos_N1K, minus_sin_N1K = self.turns[positions_N][:, None].unbind(dim=-1)
         for block in self.h:
-            x_ND = block(x_ND, cos_N1, sin_N1)
+            x_ND = block(x_ND, (cos_N1K, minus_sin_N1K))
         return norm(x_ND)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aquarl.model.attention import Attend, causal
@@ -30,18 +31,29 @@ def norm(x: Tensor) -> Tensor:
     return _Norm.apply(x)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + K/2]) by -theta, the direction nanochat uses.
+def interleaved(weight_XD: Tensor, head_width: int) -> Tensor:
+    """Return a projection's rows so that a head's dimensions come as 0, K/2, 1, K/2 + 1, ...
+
+    Then the two that turn together stand together, as the parts of a complex number. Queries and
+    keys in another order of dimensions have the same products.
+    """
+    X, D = weight_XD.shape
+    return weight_XD.view(-1, 2, head_width // 2, D).transpose(1, 2).reshape(X, D)
+
+
+def rotate(pairs: Tensor, turns: Tensor) -> Tensor:
+    """Turn each pair (x[2 i], x[2 i + 1]) by -theta, the direction nanochat uses.
 
     Args:
-        x: (..., H, K).
-        cos, sin: (..., 1, K / 2), in at least the precision of x; the result has theirs.
+        pairs: (..., H, K), interleaved.
+        turns: (..., 1, K / 2) complex, in at least the precision of x; the result has theirs.
     """
-    return _Rotation.apply(x, cos, sin)
+    x = pairs.to(turns.dtype.to_real()).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(x) * turns).flatten(-2)
 
 
-# What autograd would make of these three moves several times the memory, which on a CPU is half of
-# a block's time.
+# What autograd would make of these two moves several times the memory, which on a CPU is a third
+# of a block's time.
 
 
 class _Norm(torch.autograd.Function):
@@ -60,26 +72,6 @@ class _Norm(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         along = (grads[0] * y).mean(dim=-1, keepdim=True)
         return torch.addcmul(grads[0], y, along, value=-1).mul_(scale)
-
-
-class _Rotation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(x.to(cos.dtype), cos, sin, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(grads[0], cos, sin, 1), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    y = torch.empty_like(x)
-    (x1, x2), (y1, y2) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
-    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-direction)
-    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=direction)
-    return y
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -108,12 +100,13 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(shape.width, kv_width, bias=False)
         self.c_proj = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, turns: Tensor, attend: Attend) -> Tensor:
         B, T, D = x_BTD.shape
         K = self.shape.head_width
-        q, k, v = (linear(x_BTD).view(B, T, -1, K) for linear in (self.c_q, self.c_k, self.c_v))
+        weights = (*(interleaved(c.weight, K) for c in (self.c_q, self.c_k)), self.c_v.weight)
+        q, k, v = (F.linear(x_BTD, weight).view(B, T, -1, K) for weight in weights)
         # Rotation in fp32 tables widens q and k under autocast; v tells the working precision.
-        q, k = (norm(rotate(x, cos, sin)).to(v.dtype) for x in (q, k))
+        q, k = (norm(rotate(x, turns)).to(v.dtype) for x in (q, k))
         y_BHTK = attend(self.layer, *(x.transpose(1, 2) for x in (q, k, v)))
         return self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
@@ -134,8 +127,8 @@ class Block(nn.Module):
         self.attn = Attention(shape, layer)
         self.mlp = MLP(shape)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x_BTD = x_BTD + self.attn(norm(x_BTD), cos, sin, attend)
+    def forward(self, x_BTD: Tensor, turns: Tensor, attend: Attend) -> Tensor:
+        x_BTD = x_BTD + self.attn(norm(x_BTD), turns, attend)
         return x_BTD + self.mlp(norm(x_BTD))
 
 
@@ -154,9 +147,8 @@ class GPT(nn.Module):
     The two are apart so that nobody computes logits of positions that nobody reads.
     """
 
-    cos: Tensor
-    sin: Tensor
-    """(10 * context, K / 2) fp32: of every position's angles."""
+    turns: Tensor
+    """(10 * context, K / 2, 2): see `rotary_turns`."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -164,9 +156,8 @@ class GPT(nn.Module):
         self.transformer = Transformer(shape)
         self.lm_head = nn.Linear(shape.width, shape.vocab, bias=False)
         # Ten contexts long, as in nanochat: generation may outgrow a training row.
-        cos, sin = rotary_tables(10 * shape.context, shape.head_width)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        turns = rotary_turns(10 * shape.context, shape.head_width)
+        self.register_buffer("turns", turns, persistent=False)
 
     def init_weights(self, seed: int) -> GPT:
         """Draw fresh weights as nanochat does, from this seed alone. Returns itself.
@@ -191,7 +182,7 @@ class GPT(nn.Module):
     def in_precision(self, dtype: torch.dtype) -> GPT:
         """Have all weights in this precision, and return itself.
 
-        The tables of positions keep theirs: in bf16, far positions would run together.
+        The positions' turns keep theirs: in bf16, far positions would run together.
         """
         for weight in self.parameters():
             weight.data = weight.data.to(dtype)
@@ -207,14 +198,12 @@ class GPT(nn.Module):
             attend: One of `attention.py`'s four.
             positions_BT: (B, T) int64 places in the sequence; 0..T-1 without it.
         """
-        if positions_BT is None:
-            cos, sin = self.cos[: ids_BT.shape[1]], self.sin[: ids_BT.shape[1]]
-        else:
-            cos, sin = self.cos[positions_BT], self.sin[positions_BT]
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
+        turns = torch.view_as_complex(self.turns)
+        turns = turns[: ids_BT.shape[1]] if positions_BT is None else turns[positions_BT]
+        turns = turns.unsqueeze(-2)  # the same for all heads
         x_BTD = norm(self.transformer.wte(ids_BT))
         for block in self.transformer.h:
-            x_BTD = block(x_BTD, cos, sin, attend)
+            x_BTD = block(x_BTD, turns, attend)
         return norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -233,8 +222,11 @@ class GPT(nn.Module):
         return {"parameters": parameters, "flops_per_token": 6 * matrices + attention}
 
 
-def rotary_tables(length: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, each (length, K / 2) fp32, of position times frequency."""
+def rotary_turns(length: int, head_width: int) -> Tensor:
+    """Return (length, K / 2, 2) fp32: cos and -sin of each position times frequency.
+
+    As complex numbers, they turn by -theta.
+    """
     exponents = torch.arange(0, head_width, 2, dtype=torch.float32) / head_width
     angles = torch.outer(torch.arange(length, dtype=torch.float32), ROPE_BASE**-exponents)
-    return angles.cos(), angles.sin()
+    return torch.stack([angles.cos(), -angles.sin()], dim=-1)
