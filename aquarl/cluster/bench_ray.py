@@ -160,16 +160,15 @@ def _ray_share(
             "ray": (through, Learner(work.model(), config.rl)),
             "alone": (alone, Learner(work.model(), config.rl)),
         }
-        for stream, learner in ways.values():
-            stream.publish(learner.weights())
         _until_up(through, 1)
         actors, tokens = _actors_of_a_step(), 0
         for repeat in range(repeats + 1):
             for name, (stream, learner) in ways.items():
                 before = _cpu_seconds(actors)
+                # First of all: with new weights the worker samples at once, which belongs here.
+                stream.publish(learner.weights())
                 share = stream.next_step(learner.step, rank=0, world=1)
                 learner.update(share.groups, share.tokens_in_step, share.rollouts_in_step)
-                stream.publish(learner.weights())
                 after = _cpu_seconds(actors)
                 if repeat:
                     spent = {part: after[part] - before[part] for part in after}
