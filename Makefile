@@ -49,9 +49,10 @@ demo: setup ## tokenizer to report at laptop size, on generated problems
 	$(BIN)/aquarl demo
 
 # One thread: tests are small, and threads that wait for a busy core make them ten times slower.
+# Two processes, a file each at a time: the slow tests mostly wait for a Ray to start or to end.
 .PHONY: test
 test: setup ## every test, the slow ones included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-gpu
 test-gpu: setup ## the tests that need a CUDA device

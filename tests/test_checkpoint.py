@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from aquarl.cluster.results import finished_policy
+from aquarl.cluster.stages import _load_into
 from aquarl.config import OptimConfig
-from aquarl.errors import CheckpointError, StorageError
+from aquarl.errors import CheckpointError, ConfigError, StorageError
 from aquarl.model import checkpoint
 from aquarl.model.checkpoint import (
     checkpoint_folder,
@@ -303,3 +304,11 @@ def test_a_training_state_that_would_run_code_is_not_loaded(tmp_path: Path) -> N
     assert not mark.exists()
     torch.load(tmp_path / "planted/training.pt", weights_only=False)
     assert mark.exists(), "loaded as a pickle it would have run"
+
+
+def test_a_stage_of_another_size_is_not_gone_on_with(tmp_path: Path) -> None:
+    folder = save(str(tmp_path), step=1)
+    with pytest.raises(
+        ConfigError, match=r"width=32.* ask for .*width=64.* Choose another run.dir"
+    ):
+        _load_into(random_model(width=64), folder, "words")

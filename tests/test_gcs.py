@@ -21,7 +21,8 @@ import torch
 
 from aquarl.cli import main
 from aquarl.cluster.results import finished_checkpoint, finished_policy
-from aquarl.config import DataConfig
+from aquarl.cluster.stages import token_folder
+from aquarl.config import DataConfig, load_config
 from aquarl.data.corpus import documents
 from aquarl.data.files import read_rows
 from aquarl.data.tokenizer import Tokenizer
@@ -212,6 +213,8 @@ def test_a_whole_pipeline_in_a_bucket_makes_what_it_makes_on_a_disk(
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    config = load_config(tiny, [f"run.dir={run_dir}"])
+    assert not token_folder(config).exists(), "the encoded corpus is of use to nobody any more"
 
     for stage in ("base", "mid", "sft", "rl"):
         newest = latest_checkpoint(f"{run_dir}/checkpoints/{stage}")

@@ -119,7 +119,7 @@ def _supervised_stage(
         member.world,
     )
     if newest := latest_checkpoint(stage_folder(config.run.dir, stage)):
-        _load_into(model, newest, tokenizer)
+        _load_into(model, newest, tokenizer.fingerprint)
         trainer.load_state(load_training(newest))
     last: Metrics = {}
 
@@ -148,8 +148,8 @@ def _supervised_stage(
         member.once_a_machine(lambda: remove(str(token_folder(config))))
 
 
-def _load_into(model: GPT, folder: str, tokenizer: Tokenizer) -> None:
-    loaded = load_model(folder, tokenizer.fingerprint)
+def _load_into(model: GPT, folder: str, fingerprint: str) -> None:
+    loaded = load_model(folder, fingerprint)
     if loaded.shape != model.shape:
         raise ConfigError(
             f"{folder} holds a model of {loaded.shape}, and these settings ask for {model.shape}. "
@@ -201,7 +201,7 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
     )
     frontier = trained_tokens = 0
     if newest := latest_checkpoint(stage_folder(config.run.dir, "rl")):
-        _load_into(model, newest, tokenizer)
+        _load_into(model, newest, tokenizer.fingerprint)
         learner.load_state(load_training(newest))
         facts = read_meta(newest)["facts"]
         frontier, trained_tokens = int(facts["frontier"]), int(facts["trained_tokens"])
