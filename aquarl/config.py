@@ -67,12 +67,14 @@ class DataConfig(Section):
     corpus: tuple[str, ...] = ("arithmetic",)
     """Text of the base stage: "arithmetic" (generated facts), "hub", or files below `root`."""
     mid: dict[str, NonNegativeFloat] = Field(default_factory=lambda: {"task": 1.0})
-    """Mixture of the mid stage: name ("chat", "gsm8k", "mmlu", "arc", "task") to passes over it."""
+    """Mixture of the mid stage: name ("chat", "gsm8k", "mmlu", "arc", "task", or
+    "easy": generated problems of one step) to passes over it."""
     permute_options: bool = False
     """Shuffle each training problem's options, so that no letter is likelier than another."""
     max_train_problems: PositiveInt | None = None
     validation_fraction: float = Field(0.05, gt=0, lt=1)
-    """Share of a task's training questions held out when its files have no validation split."""
+    """Share of a task's training questions held out when its files have no validation split (of one
+    JSONL file as much again for test); also of the corpus, of chat and of GSM8K."""
     difficulty: int = Field(2, ge=1, le=4)
     """Of generated problems: the most steps of arithmetic in one."""
     largest_number: int = Field(20, ge=5, le=99)
@@ -91,7 +93,7 @@ class TokenizerConfig(Section):
 
 
 class ModelConfig(Section):
-    """One dial, `depth`, derives the rest: width 64 * depth, heads of size 128, learning rates."""
+    """One dial, `depth`, derives the rest: width 64 * depth, heads of at most 128, rates."""
 
     depth: PositiveInt = 2
     width: PositiveInt | None = None
@@ -315,7 +317,8 @@ class ClusterConfig(Section):
     """What Ray is asked for."""
 
     address: str | None = None
-    """None: a Ray of our own on this machine, unless a job runs inside a cluster already."""
+    """HOST:6379; for `aquarl submit` the dashboard's, http://HOST:8265. None: a Ray of our own on
+    this machine, unless a job runs inside a cluster already."""
     learners: Workers = Workers(min=1, max=1)
     """Ray Train workers of the learner. Between the least and the most Ray Train takes what there
     is and starts the group anew, from its last checkpoint, when that changes."""
@@ -328,8 +331,9 @@ class ClusterConfig(Section):
     place of `rl.engine`, `rollout_cpus` and `rollout_gpus`, which evaluation keeps to. Engines and
     devices differ in the last digits, so such a run is not repeatable bit for bit."""
     max_failures: NonNegativeInt = 3
-    """Restarts of the learner group from its last checkpoint."""
+    """Restarts of the learner group, from its last checkpoint, and of the stream."""
     start_timeout_s: PositiveFloat = 180.0
+    """How long one try to place the learner group may take, and evaluation's workers to start."""
     threads: PositiveInt = 1
     """CPU threads of each learner and rollout worker."""
 

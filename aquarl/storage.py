@@ -15,6 +15,23 @@ from fsspec import AbstractFileSystem
 from aquarl.errors import StorageError
 
 
+def get(path: str) -> bytes:
+    """Return a file's bytes. Raises: FileNotFoundError; StorageError, where nobody can tell."""
+    try:
+        fs, where = fsspec.url_to_fs(path)
+        body: bytes = fs.cat_file(where)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(path) from error
+    except Exception as error:  # a bucket can fail in as many ways as there are clients
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise StorageError(
+            f"Could not read {path}: {why}. If it is in a bucket, see that this machine reaches it "
+            "and is logged in (gcloud auth application-default login, aws configure); else choose "
+            "another place (a run's is run.dir). Then start the same command again."
+        ) from error
+    return body
+
+
 def put(path: str, body: bytes) -> None:
     """Write one file, or leave what stood there. Raises: StorageError."""
     fs, where = fsspec.url_to_fs(path)

@@ -20,6 +20,7 @@ import pickle
 import random
 import statistics
 import tempfile
+import textwrap
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -44,8 +45,8 @@ LARGE_LEASE = 32
 STEP = 64
 """Prompts a step, at least; more where many workers would otherwise wait for the learner."""
 H100_GROUPS_PER_S = 1560 * 16 / (30 * 60) / 8
-"""One H100's share of the reference run: 1,560 steps of 16 prompts in 30 minutes on 8 of them. It
-sampled and learned in turn, so a GPU that only samples does more; see `ROOM`."""
+"""One H100's share of the nanochat run that aquarl began from: 1,560 steps of 16 prompts in 30
+minutes on 8 of them. It sampled and learned in turn, so a GPU that only samples does more."""
 H100S, ROOM = 64, 10
 """Workers to be carried, and how many times their pace."""
 PLAYERS = 2
@@ -249,22 +250,23 @@ def page(found: dict[str, Any]) -> str:
         max((x for x in free if x["prompts_per_lease"] == size), key=lambda x: x["groups_per_s"])
         for size in (LEASE, LARGE_LEASE)
     )
-    lines = [
-        "# What one stream carries",
-        "",
-        f"Simulated on {found['machine']} at {found['when']}, load {found['load']:.1f} when it "
+    paragraphs = [
+        f"Simulated on {found['machine']}, {found['when']}, load {found['load']:.1f} when it "
         "began, by `python ray_jobs/control_plane.py`: the real stream actor and Ray's transport, "
         f"with workers that sleep instead of sampling, a learner that takes steps of at least "
         f"{STEP} prompts, and all of them on the same cores. A group is {GROUP} answers of "
         f"{LENGTH} tokens with their text, {1000 * found['group_mb']:.0f} kB.",
-        "",
-        f"**Wanted:** {ROOM} x {H100S} H100s. The reference run made 1,560 steps of 16 prompts in "
-        f"30 minutes on 8 of them, {H100_GROUPS_PER_S:.2f} groups/s each, so {goal:,.0f} groups/s. "
-        "It sampled and learned in turn; a GPU that only samples is faster, and the factor of "
-        f"{ROOM} covers engines of up to {ROOM * H100_GROUPS_PER_S * GROUP * LENGTH:,.0f} tokens/s "
+        f"**Wanted:** {ROOM} x {H100S} H100s. The nanochat run that aquarl began from made 1,560 "
+        f"steps of 16 prompts in 30 minutes on 8 of them, {H100_GROUPS_PER_S:.2f} groups/s each, "
+        f"so {goal:,.0f} groups/s. It sampled and learned in turn; a GPU that only samples is "
+        f"faster, and the factor of {ROOM} covers engines of up to "
+        f"{ROOM * H100_GROUPS_PER_S * GROUP * LENGTH:,.0f} tokens/s "
         "on each GPU.",
-        "",
         f"**Measured:** {carried(small, goal)}; {carried(large, goal)}. {saturated(free)}",
+    ]
+    lines = [
+        "# What one stream carries",
+        *(line for text in paragraphs for line in ("", *textwrap.wrap(text, 100))),
         "",
         "| workers | prompts a lease | offered groups/s | carried | MB/s "
         "| lease ms p50 / p95 / p99 | submit ms p50 / p95 / p99 | stream cores "

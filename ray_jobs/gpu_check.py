@@ -1,13 +1,13 @@
 """Is the GPU path right, and how fast is it? One script for the first minutes on a new machine.
 
-    python ray_jobs/gpu_check.py [--out gpu_check] [--minutes 8]
+    python ray_jobs/gpu_check.py [--out gpu_check] [--minutes 7]
     python ray_jobs/gpu_check.py --device cpu --small
 
 First what must hold: a bf16 policy near its fp32 self, tokens from recorded CUDA graphs equal to
-those computed one by one, an all-reduce through NCCL (gloo on a CPU). Then all of `aquarl bench` at
-depth 8 with 65,536 words, the RL step of 16 prompts x 16 answers x 256 tokens, and a profile of it.
-Writes OUT.json and OUT.md; what does not fit into the minutes is left out and named. Ends with
-status 1 if anything is wrong.
+those computed one by one, an all-reduce through NCCL (gloo on a CPU). Then `aquarl bench`'s
+rollouts, learner, step and sft at depth 8 with 65,536 words, the RL step of 16 prompts x 16 answers
+x 256 tokens, and a profile of it. Writes OUT.json and OUT.md; what does not fit into the minutes is
+left out and named. Ends with status 1 if anything is wrong, with 2 where there is no CUDA device.
 """
 
 from __future__ import annotations

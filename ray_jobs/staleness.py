@@ -241,8 +241,11 @@ def plot(found: dict[Kind, dict[str, Rows]], rollouts_per_step: int, path: Path)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, pair = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
-    by_mode = dict(zip(("exact", "live"), pair, strict=True))
+    modes = list(dict.fromkeys(kind.mode for kind, seeds in found.items() if seeds))
+    figure, row = pyplot.subplots(
+        1, len(modes), figsize=(6.5 * len(modes), 5), sharey=True, squeeze=False
+    )
+    by_mode = dict(zip(modes, row[0], strict=True))
     for kind, seeds in found.items():
         if not seeds:
             continue
@@ -267,12 +270,15 @@ def plot(found: dict[Kind, dict[str, Rows]], rollouts_per_step: int, path: Path)
             linestyle="-" if kind.is_corrected else ":",
             label=f"{kind} ({len(runs)} runs)",
         )
-    pair[0].set(xlabel="sampled answers", ylabel=f"reward, mean of {WINDOW} steps")
-    pair[1].set(xlabel="seconds since the first step")
-    for axes, title in zip(pair, ("staleness, exactly", "staleness, at most (live)"), strict=True):
+    about = {
+        "exact": ("staleness, exactly", "sampled answers"),
+        "live": ("staleness, at most (live)", "seconds since the first step"),
+    }
+    for mode, axes in by_mode.items():
+        title, x_label = about[mode]
+        axes.set(title=title, xlabel=x_label, ylabel=f"reward, mean of {WINDOW} steps")
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(title=title)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -74,13 +74,6 @@ start_timeout_s = 60
 """
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of files that are shared out among processes, the slow ones go first: none is left alone."""
-    if hasattr(config, "workerinput"):
-        slow = {item.path for item in items if item.get_closest_marker("slow")}
-        items.sort(key=lambda item: item.path not in slow)
-
-
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[Any]:
     """A Ray of this test session alone, with 4 CPUs by its own account."""

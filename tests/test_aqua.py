@@ -299,7 +299,7 @@ def test_the_real_rows_are_all_there(real_splits: Splits) -> None:
     """254 validation problems; 11,436 different training questions, less what is refused.
 
     By letters and digits alone the train file holds 11,436 different questions. `question_key`
-    keeps word borders, so it tells 11,462 apart; 54 rows have their right option twice.
+    heeds operators, so it tells some more apart; 54 rows have their right option twice.
     """
     splits = real_splits
     assert len(splits.validation) == 254

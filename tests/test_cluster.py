@@ -188,6 +188,21 @@ def test_two_learners_equal_one_up_to_rounding(
 
 
 @pytest.mark.slow
+def test_what_one_learner_finds_wrong_ends_them_all_at_once(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one encodes the corpus while the others wait, which may take hours."""
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"text": f"{i} and {i * i} are numbers. " * 9}) for i in range(2_000)]
+    corpus.write_text("\n".join([*lines, "{cut off"]))
+    here = [f'data.corpus=["{corpus}"]', f"run.dir={tmp_path / 'run'}"]
+    assert main(["tokenizer", "--config", tiny, *here]) == 0
+    more = ["base.steps=2000", "cluster.learners=2"]  # more than there is before that line
+    assert main(["base", "--config", tiny, *here, *more]) == 2
+    assert "line 2001, is not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over_on_resuming(
     finished_run: Path,
     tmp_path: Path,

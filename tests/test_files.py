@@ -50,6 +50,14 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, sai
         list(read_rows(str(path)))
 
 
+def test_half_a_character_becomes_a_question_mark(tmp_path: Path) -> None:
+    """What is cut in the middle of an emoji; nothing after could write it as UTF-8."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "cut \\ud83d here", "whole": "\\ud83d\\ude00"}')
+    ((_, row),) = read_rows(str(path))
+    assert row == {"text": "cut ? here", "whole": "\N{GRINNING FACE}"}
+
+
 def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
@@ -149,6 +157,8 @@ def test_a_parquet_column_is_read_and_a_missing_one_named(tmp_path: Path) -> Non
     table = pyarrow.table({"text": ["one", None, "two"], "score": [1, 2, 3]})
     pyarrow.parquet.write_table(table, path)
     assert list(read_column(path, "text")) == ["one", "two"]
+    with pytest.raises(DataError, match=r"int64 in its column 'score', but text is needed"):
+        list(read_column(path, "score"))
     with pytest.raises(DataError, match=r"no column 'body'; it has text, score"):
         list(read_column(path, "body"))
     Path(path).write_bytes(Path(path).read_bytes()[:60])

@@ -27,6 +27,9 @@ COMMITS_TO_C = [
     "Answer: A\nno wait\nAnswer: C",
     "Answer: C\nAnswer: because",
     "Answer: C\n\n\n",
+    "Answer: (C) 3 or 4",
+    "Answer: (C) and so on",
+    "Answer: C) D",
 ]
 COMMITS_TO_NOTHING = [
     "",
@@ -41,6 +44,11 @@ COMMITS_TO_NOTHING = [
     "Answer: AB",
     "Answer: A car",
     "Answer: A or B",
+    "Answer: (A) or (B)",
+    "Answer: A) or B)",
+    "Answer: A. or B",
+    "Answer: (A)(B)",
+    "Answer: [A]/[B]",
     "Answer: A, B",
     "Answer: A/B",
     "Answer: A:B",

@@ -1,4 +1,4 @@
-"""The layers of DESIGN.md, read off the source: who may import whom, and who may import Ray."""
+"""CONTRIBUTING.md's layers, read off the source: who may import whom, and who may import Ray."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
 def test_every_folder_stands_in_the_order() -> None:
     layers = {module.split(".")[0] for module in sources(ROOT)} - {"__init__"}
-    assert layers <= set(ORDER), "give a new folder its place in ORDER, and in the design"
+    assert layers <= set(ORDER), "give a new folder its place in ORDER, and in CONTRIBUTING.md"
 
 
 @pytest.mark.parametrize("module", sources(ROOT))

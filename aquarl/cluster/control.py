@@ -99,7 +99,7 @@ def submit(stage: str, config: Config) -> str:
         raise ClusterError(
             f"No cluster takes jobs at {address} ({first_line(error)}). Start one with "
             "`ray start --head`, or set cluster.address=http://HOST:8265; its token belongs in "
-            "~/.ray/auth_token or RAY_AUTH_TOKEN."
+            "~/.ray/auth_token or RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token."
         ) from error
     print(f"{job} is submitted; `ray job stop {job}` ends it, and it can be resumed.", flush=True)
     shown, answered = 0, time.monotonic()

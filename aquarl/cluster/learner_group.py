@@ -10,9 +10,11 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import fsspec
@@ -35,6 +37,8 @@ from aquarl.model.modes import keep_memory
 from aquarl.storage import remove
 
 ABORT_S = 5.0
+LONGEST_WAIT = timedelta(days=1)
+"""For what one learner does for the others: encoding a corpus, above all."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Member:
     world: int
     local_rank: int
     device: torch.device
+    _meetings: Iterator[int] = field(default_factory=count, repr=False, compare=False)
 
     def parallel(self, module: nn.Module) -> nn.Module:
         """Return the module shared among the group's workers; alone, as it is."""
@@ -62,24 +67,40 @@ class Member:
         return dict(zip(numbers, values.tolist(), strict=True))
 
     def once_a_machine(self, work: Callable[[], None]) -> None:
-        """Do this on one worker of each machine while the others wait for it."""
-        if self.local_rank == 0:
-            work()
-        if self.world > 1:
-            dist.barrier()
+        """Do this on one worker of each machine while the others wait, for hours if need be.
+
+        Raises:
+            AquarlError: What the work raised on any of them.
+        """
+        self._on_some(self.local_rank == 0, work)
 
     def together(self, work: Callable[[], None]) -> None:
         """Do this on rank 0, and fail on all ranks if it failed there, so that none waits."""
-        fault: list[str | None] = [None]
-        if self.rank == 0:
+        self._on_some(self.rank == 0, work)
+
+    def _on_some(self, is_mine: bool, work: Callable[[], None]) -> None:
+        fault = ""
+        if is_mine:
             try:
                 work()
             except AquarlError as error:
-                fault = [str(error)]
-        if self.world > 1:
-            dist.broadcast_object_list(fault)
-        if fault[0] is not None:
-            raise AquarlError(fault[0])
+                fault = str(error)
+        for said in self._said_by_all(fault):
+            if said:
+                raise AquarlError(said)
+
+    def _said_by_all(self, word: str) -> list[str]:
+        """Return what each rank says, once all have said it.
+
+        By the group's store: whoever waits in a collective gives up after half an hour at most.
+        """
+        if self.world == 1:
+            return [word]
+        store, number = dist.distributed_c10d._get_default_store(), next(self._meetings)
+        keys = [f"aquarl/{number}/{rank}" for rank in range(self.world)]
+        store.set(keys[self.rank], f"{self.rank}:{word}")  # never empty
+        store.wait(keys, LONGEST_WAIT)
+        return [store.get(key).decode().partition(":")[2] for key in keys]
 
 
 def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:

@@ -19,7 +19,7 @@ import fsspec
 from aquarl.config import Config, to_toml
 from aquarl.errors import AquarlError, CheckpointError, ConfigError
 from aquarl.records import Metrics
-from aquarl.storage import put
+from aquarl.storage import get, put
 
 if TYPE_CHECKING:
     from aquarl.model.gpt import GPT
@@ -62,7 +62,8 @@ def stands(config: Config, stage: str) -> bool:
     path = f"{config.run.dir}/results/{stage}.json"
     folder = f"{config.run.dir}/checkpoints/{stage}"
     if (recorded := _get_json(path)) is not None:
-        _require_same(config, stage, recorded["settings"], "a finished", f"{path} and {folder}")
+        settings = recorded.get("settings", {})
+        _require_same(config, stage, settings, "a finished", f"{path} and {folder}")
         return True
     fs, where = fsspec.url_to_fs(folder)
     if fs.isdir(where):
@@ -143,14 +144,16 @@ def record(config: Config, stage: str, since: float, metrics: Metrics, **facts: 
 
 
 def record_import(config: Config, stage: str, checkpoint: str, since: float) -> None:
-    """Write that a stage is finished which was trained elsewhere, with settings unknown here.
+    """Write that a stage is finished which was trained elsewhere, and all that come before it.
 
-    So whatever is asked of the next stage agrees with them. Raises: StorageError.
+    Their settings are unknown here, so whatever is asked of the next stage agrees with them.
+    Raises: StorageError.
     """
     from aquarl.model.checkpoint import read_meta
 
-    steps = read_meta(checkpoint)["step"]
-    record(config, stage, since, {}, settings={}, steps=steps)
+    for earlier in STAGES[: STAGES.index(stage)]:
+        record(config, earlier, since, {}, settings={})
+    record(config, stage, since, {}, settings={}, steps=read_meta(checkpoint)["step"])
 
 
 def ran_on() -> dict[str, Any]:
@@ -255,11 +258,15 @@ def put_json(path: str, value: Any) -> None:
 
 
 def _get_json(path: str) -> Any:
-    fs, where = fsspec.url_to_fs(path)
     try:
-        return json.loads(fs.cat_file(where))
-    except (FileNotFoundError, NotADirectoryError):
+        body = get(path)
+    except FileNotFoundError:
         return None
+    try:
+        found = json.loads(body)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+        return found
     except ValueError as error:
         raise ConfigError(
             f"{path} is damaged ({error}), so it cannot be told whether that stage is finished. "

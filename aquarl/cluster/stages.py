@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch.distributed as dist
 from ray.exceptions import GetTimeoutError
 
 from aquarl.cluster.errors import plain_errors
@@ -208,11 +207,12 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
 
     stream = RayStream(config, post.stream)
     ledger = Ledger(config.run.dir, learner.step)
-    if member.rank == 0:
+
+    def begin() -> None:
         stream.begin(model.shape)
         stream.rewind(learner.step, frontier)
-    if member.world > 1:
-        dist.barrier()  # no rank may ask for a step of before the rewind
+
+    member.together(begin)  # no rank may ask for a step of before the rewind
     last: Metrics = {}
 
     def log(step: int, metrics: Metrics) -> None:

@@ -93,6 +93,8 @@ def read_lines(path: str) -> Iterator[str]:
 def read_rows(path: str) -> Iterator[tuple[str, Row]]:
     """Yield `(where, row)` for each object of a JSON-lines file; blank lines are passed over.
 
+    Halves of characters (lone surrogates, as a cut emoji leaves them) become question marks.
+
     Raises:
         DataError: The file is missing or empty, or a line does not hold one JSON object.
     """
@@ -118,6 +120,9 @@ def read_rows(path: str) -> Iterator[tuple[str, Row]]:
                 f"{where}, holds a {type(row).__name__}, but each line has to be one object with "
                 'named fields. Write for example {"question": "...", ...}.'
             )
+        if "\\ud" in line.lower():
+            whole = json.dumps(row, ensure_ascii=False).encode(errors="replace")
+            row = json.loads(whole)
         yield where, row
     if is_empty:
         raise DataError(
@@ -143,8 +148,14 @@ def read_column(path: str, column: str) -> Iterator[str]:
                     f"{path} has no column {column!r}; it has {', '.join(names)}. "
                     f"Rename the column that holds the text to {column!r}."
                 )
+            kind = shard.schema_arrow.field(column).type
+            if kind not in (pyarrow.string(), pyarrow.large_string()):
+                raise DataError(
+                    f"{path} has {kind} in its column {column!r}, but text is needed there. Write "
+                    "that column again as strings."
+                )
             for batch in shard.iter_batches(batch_size=256, columns=[column]):
-                yield from (str(text) for text in batch.column(0).to_pylist() if text)
+                yield from filter(None, batch.column(0).to_pylist())
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
                 f"{path} is not a whole parquet file ({error}). Fetch it again."

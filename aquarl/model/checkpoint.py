@@ -134,7 +134,10 @@ def load_training(folder: str) -> dict[str, Any]:
             "Start its stage anew, or from an earlier checkpoint."
         )
     try:
-        loaded: dict[str, Any] = torch.load(io.BytesIO(files["training.pt"]), weights_only=True)
+        # Optimizers move their numbers to where their parameters are.
+        loaded: dict[str, Any] = torch.load(
+            io.BytesIO(files["training.pt"]), map_location="cpu", weights_only=True
+        )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"training.pt in {folder} holds more than tensors and numbers, as no checkpoint of "

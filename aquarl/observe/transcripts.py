@@ -44,8 +44,9 @@ def write_transcripts(
     try:
         fs.makedirs(folder, exist_ok=True)
         fs.pipe_file(f"{folder}/step_{step:06d}.jsonl", text.encode())
-    except OSError as error:
-        warnings.warn(f"No transcripts in {folder}: {error.strerror or error}", stacklevel=2)
+    except Exception as error:  # a bucket can fail in as many ways as there are clients
+        why = getattr(error, "strerror", None) or error
+        warnings.warn(f"No transcripts in {folder}: {why}", stacklevel=2)
 
 
 def _rows(

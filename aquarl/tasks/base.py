@@ -104,9 +104,14 @@ def shuffled_options(problem: Problem, rng: random.Random) -> Problem:
     return problem if names_an_option(problem.rationale) else permuted(problem, order)
 
 
+NO_MATTER = re.compile(r"[^\w+*/^=<>÷×%√.-]|_|(?<=[^\W\d])\.|\.(?!\d)|-(?![\s(]*[\d.])")
+"""In a question, for telling it from others."""
+
+
 def question_key(problem: Problem) -> str:
-    """Return what makes two problems the same: the question's letters and digits."""
-    return re.sub(r"[\W_]+", "", problem.question.lower())
+    """Return what makes two problems the same: the question's letters, digits, and what stands
+    between numbers (12 * 3 is not 12 / 3, nor 1.5 x 2 what 15 x 2 is)."""
+    return NO_MATTER.sub("", problem.question.lower())
 
 
 def deduplicated(splits: Splits) -> Splits:

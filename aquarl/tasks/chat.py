@@ -24,7 +24,7 @@ def load_chat(config: DataConfig, split: str = "train") -> list[Conversation]:
     """Return the dialogues of one split, in the order of their files.
 
     Args:
-        config: `validation_fraction` of them, by the hash of their first message, make up
+        config: `validation_fraction` of them, by the hash of what the user says first, make up
             validation.
         split: "train" or "validation".
 
@@ -34,7 +34,7 @@ def load_chat(config: DataConfig, split: str = "train") -> list[Conversation]:
     kept = []
     for where, row in _rows(config):
         conversation = conversation_from_row(where, row)
-        opening = conversation.messages[0].content
+        opening = next(m.content for m in conversation.messages if m.role == "user")
         if (stable_share(opening) < config.validation_fraction) == (split == "validation"):
             kept.append(conversation)
     return kept

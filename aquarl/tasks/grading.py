@@ -23,6 +23,7 @@ a policy is told the form by its training data, and whatever is forgiven here ge
 | `Answer: A train`, `Answer: C 12`, `Answer: A or B` | a bare letter before more words may be the \
 article, or one of several |
 | `Answer: A, B`, `Answer: A/B`, `Answer: A:B` | a list or a ratio commits to nothing |
+| `Answer: (C) or (D)`, `Answer: C)/D)`, `Answer: (C)(D)` | a second letter as good as the first |
 | `Answer: F`, full-width, Greek or Cyrillic look-alikes | not one of the letters asked for |
 
 A line that does not count does not undo an earlier one that does.
@@ -91,10 +92,15 @@ def grade_file(path: str) -> Iterator[Grade]:
 
 @lru_cache
 def _answer_line(letters: str) -> re.Pattern[str]:
-    one = f"([{re.escape(letters)}])"
+    any_one = f"[{re.escape(letters)}]"
+    one = f"({any_one})"
+    marked = rf"\({any_one}\)|\[{any_one}\]|{any_one}\)"
+    more = rf"[ \t]*+(?:{marked}|(?:or|and|[/,&])[ \t]*+(?:{marked}|{any_one}\b))"
     bare = rf"{one}(?:\)|[.:]?(?=[ \t]*+\r?$)|[.:][ \t])"
     # Possessive quantifiers and one try a line keep a megabyte of blanks linear.
-    return re.compile(rf"^[ \t]*+Answer:[ \t]*+(?:\({one}\)|\[{one}\]|{bare})", re.MULTILINE)
+    return re.compile(
+        rf"^[ \t]*+Answer:[ \t]*+(?:\({one}\)|\[{one}\]|{bare})(?!{more})", re.MULTILINE
+    )
 
 
 _ATTEMPT = re.compile(r"^[ \t]*+(Answer:[^\n]{0,40})", re.MULTILINE | re.IGNORECASE)
