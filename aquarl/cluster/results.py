@@ -152,7 +152,8 @@ def record_import(config: Config, stage: str, checkpoint: str, since: float) -> 
     from aquarl.model.checkpoint import read_meta
 
     for earlier in STAGES[: STAGES.index(stage)]:
-        record(config, earlier, since, {}, settings={})
+        if _get_json(f"{config.run.dir}/results/{earlier}.json") is None:
+            record(config, earlier, since, {}, settings={})
     record(config, stage, since, {}, settings={}, steps=read_meta(checkpoint)["step"])
 
 
@@ -202,7 +203,7 @@ def finished_checkpoint(run_dir: str, stage: str) -> str:
     )
 
     recorded = _get_json(f"{run_dir}/results/{stage}.json")
-    if recorded is None:  # an imported checkpoint, or a stage that is under way
+    if recorded is None or "steps" not in recorded:  # under way, or before an imported one
         newest = latest_checkpoint(stage_folder(run_dir, stage))
         if newest is None:
             raise CheckpointError(
