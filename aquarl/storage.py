@@ -15,6 +15,11 @@ from fsspec import AbstractFileSystem
 from aquarl.errors import StorageError
 
 
+def what(error: Exception) -> str:
+    """Return what a disk or a bucket's client says went wrong."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def get(path: str) -> bytes:
     """Return a file's bytes. Raises: FileNotFoundError; StorageError, where nobody can tell."""
     try:
@@ -23,11 +28,10 @@ def get(path: str) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(path) from error
     except Exception as error:  # a bucket can fail in as many ways as there are clients
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise StorageError(
-            f"Could not read {path}: {why}. If it is in a bucket, see that this machine reaches it "
-            "and is logged in (gcloud auth application-default login, aws configure); else choose "
-            "another place (a run's is run.dir). Then start the same command again."
+            f"Could not read {path}: {what(error)}. If it is in a bucket, see that this machine "
+            "reaches it and is logged in (gcloud auth application-default login, aws configure); "
+            "else choose another place (a run's is run.dir). Then start the same command again."
         ) from error
     return body
 
@@ -110,9 +114,8 @@ def _refusal(path: str, error: Exception) -> StorageError:
             + (f"make it (`{make} {bucket}`), or choose" if make else "make it, or choose")
             + " another place (a run's is run.dir). Then start the same command again."
         )
-    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return StorageError(
-        f"Could not write {path}: {why}. What was saved before is as it was. "
+        f"Could not write {path}: {what(error)}. What was saved before is as it was. "
         "Free some space or choose another place (a run's is run.dir), then start the same command "
         "again."
     )

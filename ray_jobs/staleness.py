@@ -241,6 +241,8 @@ def plot(found: dict[Kind, dict[str, Rows]], rollouts_per_step: int, path: Path)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    if not any(found.values()):
+        return
     modes = list(dict.fromkeys(kind.mode for kind, seeds in found.items() if seeds))
     figure, row = pyplot.subplots(
         1, len(modes), figsize=(6.5 * len(modes), 5), sharey=True, squeeze=False

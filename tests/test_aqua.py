@@ -201,6 +201,16 @@ def test_no_question_stands_in_two_splits(tmp_path: Path) -> None:
     assert splits.refused == {"question repeated": 3}
 
 
+def test_what_stands_between_numbers_tells_questions_apart(tmp_path: Path) -> None:
+    questions = ["12 * 3?", "12 + 3?", "12 - 3?", "12 / 3?", "1.5 times 2?", "15 times 2?"]
+    again = ["12*3", "12 - 3 ?", "1.5 Times 2"]
+    write(tmp_path / "aqua/train.json", [aqua_row(q) for q in (*questions, *again)])
+    write(tmp_path / "aqua/dev.json", [aqua_row("held out")])
+    splits = load_aqua(config_of(root=str(tmp_path)))
+    assert [problem.question for problem in splits.train] == questions
+    assert splits.refused == {"question repeated": len(again)}
+
+
 def test_without_dev_json_validation_is_held_out_of_train_and_test_stays_empty(
     tmp_path: Path,
 ) -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import fsspec
@@ -30,7 +31,7 @@ from aquarl.model.checkpoint import (
 )
 from aquarl.model.gpt import GPT
 from aquarl.model.optim import Optimizer
-from aquarl.storage import put
+from aquarl.storage import get, put
 from tests.fakes import random_ids, random_model, small_disk
 
 FILES = ("weights.safetensors", "training.pt", "meta.json")
@@ -312,3 +313,25 @@ def test_a_stage_of_another_size_is_not_gone_on_with(tmp_path: Path) -> None:
         ConfigError, match=r"width=32.* ask for .*width=64.* Choose another run.dir"
     ):
         _load_into(random_model(width=64), folder, "words")
+
+
+def test_a_training_state_of_a_gpu_is_loaded_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    folder = save(str(tmp_path), step=3)
+    monkeypatch.undo()
+    with (
+        pytest.raises(RuntimeError, match="CUDA")
+        if not torch.cuda.is_available()
+        else nullcontext()
+    ):
+        torch.load(f"{folder}/training.pt", weights_only=True)
+    assert load_training(folder)["momentum"].device.type == "cpu"
+
+
+def test_what_cannot_be_read_is_told_from_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        get(f"{tmp_path}/none")
+    with pytest.raises(StorageError, match=r"Could not read .*: Is a directory"):
+        get(str(tmp_path))

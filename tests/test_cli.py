@@ -337,12 +337,13 @@ def test_another_vocabulary_is_refused(
     assert "another vocabulary" in said
 
 
+@pytest.mark.parametrize("record", ['{"stage": ', "{}", "[]"])
 def test_a_damaged_record_of_a_stage_is_named(
-    refused: Refuse, finished_run: Path, tiny: str, tmp_path: Path
+    record: str, refused: Refuse, finished_run: Path, tiny: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
-    (run / "results/rl.json").write_text('{"stage": ')
+    (run / "results/rl.json").write_text(record)
     said = refused("rl", "--config", tiny, f"run.dir={run}")
     assert "results/rl.json is damaged" in said
 

@@ -330,3 +330,4 @@ def test_what_was_imported_is_trained_on(finished_run: Path, tiny: str, tmp_path
     assert main(["import-nanochat", there, f"run.dir={run}"]) == 0
     assert main(["pipeline", "--config", tiny, f"run.dir={run}"]) == 0
     assert_same(weights(run), weights(finished_run))
+    assert main(["report", f"run.dir={run}"]) == 0

@@ -23,7 +23,7 @@ from aquarl.tasks.catalog import (
     mixture,
     repeated,
 )
-from aquarl.tasks.chat import conversation_from_row
+from aquarl.tasks.chat import conversation_from_row, load_chat
 from aquarl.tasks.gsm8k import plain_answer
 from aquarl.tasks.rows import problem_from_row
 from tests.fakes import REAL, real_data
@@ -66,6 +66,21 @@ def root(tmp_path: Path) -> Path:
 def config_of(root: Path | None = None, **settings: Any) -> DataConfig:
     settings = {"train_problems": 40, "held_out_problems": 10} | settings
     return DataConfig(root=str(root) if root else None, **settings)
+
+
+def test_dialogues_of_one_system_prompt_stand_on_both_sides(tmp_path: Path) -> None:
+    turns = [
+        [
+            {"role": "system", "content": "Rewrite what you are given."},
+            {"role": "user", "content": f"hello {i}"},
+            {"role": "assistant", "content": "hi"},
+        ]
+        for i in range(100)
+    ]
+    write(tmp_path / "chat/one.jsonl", [{"messages": t} for t in turns])
+    config = config_of(tmp_path, validation_fraction=0.2)
+    train, held_out = (load_chat(config, split) for split in ("train", "validation"))
+    assert len(train) + len(held_out) == 100 and 5 < len(held_out) < 40
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_known() -> None:

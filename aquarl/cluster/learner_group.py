@@ -98,9 +98,9 @@ class Member:
             return [word]
         store, number = dist.distributed_c10d._get_default_store(), next(self._meetings)
         keys = [f"aquarl/{number}/{rank}" for rank in range(self.world)]
-        store.set(keys[self.rank], f"{self.rank}:{word}")  # never empty
+        store.set(keys[self.rank], f":{word}")  # never empty
         store.wait(keys, LONGEST_WAIT)
-        return [store.get(key).decode().partition(":")[2] for key in keys]
+        return [store.get(key).decode()[1:] for key in keys]
 
 
 def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:

@@ -36,7 +36,7 @@ def alone() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
         "RAY_TMPDIR": str(sessions.parent),  # where it is anyway: `aquarl status` looks there
         "TMPDIR": folder,  # of Ray's processes; some leave sockets and encoded text behind
-        # Of each call Ray keeps a record of some 2 kB for its dashboard, by default 100,000.
+        # Of each call Ray keeps a record of some 3 kB for its dashboard, by default 100,000.
         "RAY_task_events_max_num_task_in_gcs": "10000",
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,

@@ -61,9 +61,8 @@ def stands(config: Config, stage: str) -> bool:
     """
     path = f"{config.run.dir}/results/{stage}.json"
     folder = f"{config.run.dir}/checkpoints/{stage}"
-    if (recorded := _get_json(path)) is not None:
-        settings = recorded.get("settings", {})
-        _require_same(config, stage, settings, "a finished", f"{path} and {folder}")
+    if (recorded := _get_record(path)) is not None:
+        _require_same(config, stage, recorded["settings"], "a finished", f"{path} and {folder}")
         return True
     fs, where = fsspec.url_to_fs(folder)
     if fs.isdir(where):
@@ -152,7 +151,7 @@ def record_import(config: Config, stage: str, checkpoint: str, since: float) -> 
     from aquarl.model.checkpoint import read_meta
 
     for earlier in STAGES[: STAGES.index(stage)]:
-        if _get_json(f"{config.run.dir}/results/{earlier}.json") is None:
+        if _get_record(f"{config.run.dir}/results/{earlier}.json") is None:
             record(config, earlier, since, {}, settings={})
     record(config, stage, since, {}, settings={}, steps=read_meta(checkpoint)["step"])
 
@@ -175,7 +174,9 @@ def ran_on() -> dict[str, Any]:
 
 def finished_at(config: Config, stage: str) -> float:
     """Return when a stage that stands was finished (Unix seconds)."""
-    return float(_get_json(f"{config.run.dir}/results/{stage}.json")["finished"])
+    recorded = _get_record(f"{config.run.dir}/results/{stage}.json")
+    assert recorded is not None, stage
+    return float(recorded["finished"])
 
 
 def finished_policy(run_dir: str, stage: str, tokenizer_fingerprint: str) -> GPT:
@@ -202,7 +203,7 @@ def finished_checkpoint(run_dir: str, stage: str) -> str:
         stage_folder,
     )
 
-    recorded = _get_json(f"{run_dir}/results/{stage}.json")
+    recorded = _get_record(f"{run_dir}/results/{stage}.json")
     if recorded is None or "steps" not in recorded:  # under way, or before an imported one
         newest = latest_checkpoint(stage_folder(run_dir, stage))
         if newest is None:
@@ -258,15 +259,16 @@ def put_json(path: str, value: Any) -> None:
     put(path, json.dumps(value, indent=1).encode())
 
 
-def _get_json(path: str) -> Any:
+def _get_record(path: str) -> dict[str, Any] | None:
+    """Return what `record` wrote there, or None where it wrote nothing."""
     try:
         body = get(path)
     except FileNotFoundError:
         return None
     try:
-        found = json.loads(body)
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
+        found: dict[str, Any] = json.loads(body)
+        if not isinstance(found, dict) or not {"finished", "settings"} <= found.keys():
+            raise ValueError("it lacks the time or the settings of a stage")
         return found
     except ValueError as error:
         raise ConfigError(

@@ -120,9 +120,8 @@ def read_rows(path: str) -> Iterator[tuple[str, Row]]:
                 f"{where}, holds a {type(row).__name__}, but each line has to be one object with "
                 'named fields. Write for example {"question": "...", ...}.'
             )
-        if "\\ud" in line.lower():
-            whole = json.dumps(row, ensure_ascii=False).encode(errors="replace")
-            row = json.loads(whole)
+        if "\\ud" in line or "\\uD" in line:
+            row = json.loads(json.dumps(row, ensure_ascii=False).encode(errors="replace"))
         yield where, row
     if is_empty:
         raise DataError(
@@ -148,14 +147,14 @@ def read_column(path: str, column: str) -> Iterator[str]:
                     f"{path} has no column {column!r}; it has {', '.join(names)}. "
                     f"Rename the column that holds the text to {column!r}."
                 )
-            kind = shard.schema_arrow.field(column).type
-            if kind not in (pyarrow.string(), pyarrow.large_string()):
-                raise DataError(
-                    f"{path} has {kind} in its column {column!r}, but text is needed there. Write "
-                    "that column again as strings."
-                )
             for batch in shard.iter_batches(batch_size=256, columns=[column]):
-                yield from filter(None, batch.column(0).to_pylist())
+                for text in filter(None, batch.column(0).to_pylist()):
+                    if not isinstance(text, str):
+                        raise DataError(
+                            f"{path} has {batch.column(0).type} in its column {column!r}, but text "
+                            "is needed there. Write that column again as strings."
+                        )
+                    yield text
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
                 f"{path} is not a whole parquet file ({error}). Fetch it again."

@@ -15,13 +15,12 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-import fsspec
 import rustbpe
 import tiktoken
 
 from aquarl.errors import CheckpointError, DataError
 from aquarl.records import Conversation
-from aquarl.storage import put_together
+from aquarl.storage import get, put_together
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
@@ -185,10 +184,10 @@ class Tokenizer:
         Raises:
             CheckpointError: A file is missing or does not hold what was written.
         """
-        fs, path = fsspec.url_to_fs(folder)
+        path = folder.rstrip("/")
         try:
-            about = json.loads(fs.cat_file(f"{path}/tokenizer.json"))
-            lines = fs.cat_file(f"{path}/ranks.tiktoken").split(b"\n")
+            about = json.loads(get(f"{path}/tokenizer.json"))
+            lines = get(f"{path}/ranks.tiktoken").split(b"\n")
             pairs = [line.split() for line in lines if line]
             ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
             named = about["pattern"], about["special_tokens"]

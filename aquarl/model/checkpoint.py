@@ -20,7 +20,6 @@ from typing import Any
 
 import fsspec
 import torch
-from fsspec import AbstractFileSystem
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -28,7 +27,7 @@ from safetensors.torch import save as save_tensors
 from aquarl.errors import CheckpointError
 from aquarl.model.gpt import GPT
 from aquarl.model.shape import Shape
-from aquarl.storage import put_together
+from aquarl.storage import get, put_together
 
 
 def save_checkpoint(
@@ -147,8 +146,8 @@ def load_training(folder: str) -> dict[str, Any]:
     return loaded
 
 
-def _meta(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
-    meta: dict[str, Any] = json.loads(fs.cat_file(f"{path}/meta.json"))
+def _meta(folder: str) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads(get(f"{folder.rstrip('/')}/meta.json"))
     if meta["crc32"] != _sum_of(meta):
         raise ValueError("its checksum differs")
     return meta
@@ -156,10 +155,9 @@ def _meta(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
 
 def _read(folder: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return meta and the named files, after checking every file of the checkpoint."""
-    fs, path = fsspec.url_to_fs(folder)
     again = "Delete that folder; the run resumes from the checkpoint before it."
     try:
-        meta = _meta(fs, path)
+        meta = _meta(folder)
         listed = meta["files"]
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no checkpoint in {folder}.") from error
@@ -168,7 +166,7 @@ def _read(folder: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str
     bodies = {}
     for name, expected in listed.items():
         try:
-            body = fs.cat_file(f"{path}/{name}")
+            body = get(f"{folder.rstrip('/')}/{name}")
         except FileNotFoundError as error:
             raise CheckpointError(f"{name} is missing from {folder}. {again}") from error
         if len(body) != expected["size"] or zlib.crc32(body) != expected["crc32"]:
@@ -208,9 +206,8 @@ def latest_checkpoint(stage_dir: str) -> str | None:
 def newest_facts(stage_dir: str) -> dict[str, Any]:
     """Return what `save_checkpoint` was last given as `facts`, without looking at the rest."""
     for folder in reversed(checkpoints(stage_dir)):
-        fs, path = fsspec.url_to_fs(folder)
-        with suppress(OSError, ValueError, KeyError, TypeError):  # never finished, or damaged
-            return dict(_meta(fs, path)["facts"])
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # unfinished or damaged
+            return dict(_meta(folder)["facts"])
     return {}
 
 

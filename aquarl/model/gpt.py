@@ -52,8 +52,7 @@ def rotate(pairs: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x) * turns).flatten(-2)
 
 
-# What autograd would make of these two moves several times the memory, which on a CPU is a third
-# of a block's time.
+# What autograd would make of these two moves several times the memory.
 
 
 class _Norm(torch.autograd.Function):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import fsspec
 
 from aquarl.records import RolloutGroup
+from aquarl.storage import what
 
 
 class Decoder(Protocol):
@@ -45,8 +46,7 @@ def write_transcripts(
         fs.makedirs(folder, exist_ok=True)
         fs.pipe_file(f"{folder}/step_{step:06d}.jsonl", text.encode())
     except Exception as error:  # a bucket can fail in as many ways as there are clients
-        why = getattr(error, "strerror", None) or error
-        warnings.warn(f"No transcripts in {folder}: {why}", stacklevel=2)
+        warnings.warn(f"No transcripts in {folder}: {what(error)}", stacklevel=2)
 
 
 def _rows(
