@@ -23,6 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell that starts this in the background has it ignore Ctrl-C, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+PATIENCE_S = 300
+"""How long a test waits for what should come. No promise of speed: a shared machine keeps none."""
+
 TINY = """
 [data]
 train_problems = 48
@@ -115,9 +118,9 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def eventually(look: Callable[[], Any], seconds: float = 60) -> Any:
+def eventually(look: Callable[[], Any]) -> Any:
     """Return what `look` returns once that is truthy."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE_S
     while not (seen := look()):
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.05)

@@ -72,7 +72,7 @@ class Host:
         spaces = (*AS_ROOT, "--net", "--mount", "--pid", f"--wd={ROOT}")
         return ["nsenter", f"--target={self.init}", *spaces, "--", *command]
 
-    def call(self, *command: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+    def call(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.entering(*command),
             cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout,

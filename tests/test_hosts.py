@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from aquarl.cluster.chaos import each_once_an_epoch
-from tests.conftest import assert_same, eventually, rl_in_process, rows, weights
+from tests.conftest import PATIENCE_S, assert_same, eventually, rl_in_process, rows, weights
 from tests.hosts import Host, Switch, switched, why_not
 
 pytestmark = [
@@ -117,7 +117,7 @@ def ray_up(host: Host, folder: Path, options: str) -> None:
     log = folder / f"{host.address}.log"
     options += f" --node-ip-address={host.address} --object-store-memory=100000000"
     host.start("sh", "-c", AGAIN.format(options), log=log)
-    eventually(lambda: "Ray runtime started" in log.read_text(), 180)
+    eventually(lambda: "Ray runtime started" in log.read_text())
 
 
 def nodes(cluster: Cluster, host: Host, state: str) -> list[dict[str, Any]]:
@@ -177,11 +177,11 @@ def test_a_pulled_cable_lets_nothing_through_and_nothing_outlives_the_hosts(tmp_
         def reached() -> bool:
             return near.call(sys.executable, "-c", ask).returncode == 0
 
-        eventually(reached, 20)
+        eventually(reached)
         switch.unplug(far)
         assert not reached()
         switch.plug(far)
-        eventually(reached, 20)
+        eventually(reached)
         started = near.processes() + far.processes()
     assert far.init in started and len(started) >= 3
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
@@ -193,24 +193,24 @@ def test_a_pool_that_wants_more_gets_a_node_that_leaves_when_it_is_idle(
     pool = ("rl.rollout_workers={min = 2, max = 3}", "rl.prompts_per_lease=2", ON_ANY)
     following = submit(cluster, tiny, after_sft, *HERE, *pool)
     began = time.time()
-    eventually(lambda: [w for host in cluster.rollouts for w in workers(host)][1:], 120)
-    eventually(lambda: steps_done(after_sft), 120)
-    eventually(lambda: rows(after_sft / "metrics.jsonl")[-1].get("pool/wanted") == 3, 60)
+    eventually(lambda: [w for host in cluster.rollouts for w in workers(host)][1:])
+    eventually(lambda: steps_done(after_sft))
+    eventually(lambda: rows(after_sft / "metrics.jsonl")[-1].get("pool/wanted") == 3)
     (learner,) = cluster.learner.processes("ray::RayTrainWorker")
     os.kill(learner, signal.SIGSTOP)  # the run must not be over before the node is there
     wanted_at = time.time()
     assert len(raylets(cluster.head)) == 1
-    eventually(lambda: len(raylets(cluster.head)) == 2, 60)
+    eventually(lambda: len(raylets(cluster.head)) == 2)
     node_at = time.time()
-    eventually(lambda: workers(cluster.head), 60)
+    eventually(lambda: workers(cluster.head))
     worker_at = time.time()
     os.kill(learner, signal.SIGCONT)
-    out, err = following.communicate(timeout=120)
+    out, err = following.communicate(timeout=PATIENCE_S)
     assert following.returncode == 0, out + err
     ended_at = time.time()
     trained = assert_as_if_undisturbed(after_sft, tiny, *HERE, *pool)
     assert {row["worker"] for row in trained} == {"rollout-0", "rollout-1", "rollout-2"}
-    eventually(lambda: len(raylets(cluster.head)) == 1, 60)
+    eventually(lambda: len(raylets(cluster.head)) == 1)
     print(
         f"submitted {wanted_at - began:.1f} s until a third worker was wanted, "
         f"{node_at - wanted_at:.1f} s until the node began, {worker_at - wanted_at:.1f} s until it "
@@ -226,20 +226,20 @@ def test_a_learners_host_that_is_cut_costs_the_steps_since_the_checkpoint(
     cluster: Cluster, after_sft: Path, tiny: str
 ) -> None:
     following = submit(cluster, tiny, after_sft, *HERE, "rl.rollout_workers=2", ON_A_HOST)
-    eventually(lambda: steps_done(after_sft) > 5, 120)
+    eventually(lambda: steps_done(after_sft) > 5)
     sampling = [pid for host in cluster.rollouts for pid in workers(host)]
     (learner,) = cluster.learner.processes("ray::RayTrainWorker")
     cluster.switch.unplug(cluster.learner)
     cut_at = time.time()
-    eventually(lambda: nodes(cluster, cluster.learner, "DEAD"), 60)
+    eventually(lambda: nodes(cluster, cluster.learner, "DEAD"))
     cluster.switch.plug(cluster.learner)
     plugged_at = time.time()
-    eventually(lambda: set(cluster.learner.processes("ray::RayTrainWorker")) - {learner}, 120)
+    eventually(lambda: set(cluster.learner.processes("ray::RayTrainWorker")) - {learner})
     steps, again_at = steps_done(after_sft), time.time()
-    eventually(lambda: steps_done(after_sft) > steps, 60)
+    eventually(lambda: steps_done(after_sft) > steps)
     stepped_at = time.time()
     assert [pid for host in cluster.rollouts for pid in workers(host)] == sampling
-    out, err = following.communicate(timeout=120)
+    out, err = following.communicate(timeout=PATIENCE_S)
     assert following.returncode == 0, out + err
     assert_as_if_undisturbed(after_sft, tiny, *HERE, "rl.rollout_workers=2")
     print(
@@ -254,8 +254,8 @@ def test_a_cut_host_and_a_dead_one_cost_their_leases_and_nothing_else(
     cut, dying = cluster.rollouts
     began = time.time()
     following = submit(cluster, tiny, after_sft, *HERE, "rl.rollout_workers=2", ON_A_HOST)
-    eventually(lambda: steps_done(after_sft) > 1, 120)
-    eventually(lambda: workers(cut) and workers(dying), 60)
+    eventually(lambda: steps_done(after_sft) > 1)
+    eventually(lambda: workers(cut) and workers(dying))
     first = workers(cut)[0]
     for part in ("ray::StreamActor", "ray::MetricsRelay"):  # where nobody cuts the link
         assert cluster.head.processes(part)
@@ -264,16 +264,16 @@ def test_a_cut_host_and_a_dead_one_cost_their_leases_and_nothing_else(
     cluster.switch.unplug(cut)
     cut_at = time.time()
     os.kill(first, signal.SIGCONT)  # it goes on, for nobody
-    eventually(lambda: sampled_last(after_sft) > cut_at + 4, 60)  # before, Ray cannot have noticed
+    eventually(lambda: sampled_last(after_sft) > cut_at + 4)  # before, Ray cannot have noticed
     hold(cluster, dying)  # the run must not be over before the other is back
     cluster.switch.plug(cut)
     plugged_at = time.time()
-    eventually(lambda: set(workers(cut)) - {first}, 60)
+    eventually(lambda: set(workers(cut)) - {first})
     back_at = time.time()
 
     cluster.switch.power_off(dying)
     off_at = time.time()
-    out, err = following.communicate(timeout=120)
+    out, err = following.communicate(timeout=PATIENCE_S)
     assert following.returncode == 0, out + err
     ended_at = time.time()
     trained = assert_as_if_undisturbed(after_sft, tiny, *HERE, "rl.rollout_workers=2")
@@ -296,18 +296,18 @@ def test_after_the_end_of_the_cluster_the_same_command_goes_on_from_the_checkpoi
     """The last test: a host is without power by now."""
     command = (*HERE, "rl.rollout_workers=1", ON_A_HOST)
     following = submit(cluster, tiny, after_sft, *command)
-    eventually(lambda: steps_done(after_sft) > 5, 120)
+    eventually(lambda: steps_done(after_sft) > 5)
     (books,) = cluster.head.processes("gcs_server")
     os.kill(books, signal.SIGKILL)
     died_at = time.time()
-    _, err = following.communicate(timeout=120)
+    _, err = following.communicate(timeout=PATIENCE_S)
     assert following.returncode == 2 and not (after_sft / "results/rl.json").exists()
     assert "start it and type the same command again" in err and "Traceback" not in err
     there = cluster.head, cluster.learner, cluster.rollouts[0]
-    eventually(lambda: all_up(cluster, there), 180)
+    eventually(lambda: all_up(cluster, there))
     up_at = time.time()
     again = submit(cluster, tiny, after_sft, *command)
-    out, err = again.communicate(timeout=180)
+    out, err = again.communicate(timeout=PATIENCE_S)
     assert again.returncode == 0, out + err
     assert steps_done(after_sft) <= STEPS + 3, "it went on from the checkpoint"
     assert_as_if_undisturbed(after_sft, tiny, *HERE, "rl.rollout_workers=1")

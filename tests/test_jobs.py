@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from aquarl.model.checkpoint import latest_checkpoint
-from tests.conftest import eventually, rows
+from tests.conftest import PATIENCE_S, eventually, rows
 from tests.test_own_ray import KEPT
 
 pytestmark = pytest.mark.slow
@@ -47,14 +47,14 @@ class Head:
     def aquarl(self, *argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "aquarl.cli", *argv],
-            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=200,
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=PATIENCE_S,
         )  # fmt: skip
 
     def submit(self, *command: str) -> None:
         ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
         done = subprocess.run(
             [*ray, f"--address={self.dashboard}", f"--working-dir={ROOT}", "--", *command],
-            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=100,
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=PATIENCE_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -75,7 +75,7 @@ scale(load_config(None, ["run.dir={run}", "cluster.address={self.gcs}"]), {worke
 """
         done = subprocess.run(
             [sys.executable, "-c", lines],
-            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=100,
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=PATIENCE_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
 
@@ -128,7 +128,7 @@ def head() -> Iterator[Head]:
     )  # fmt: skip
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        eventually(lambda: can_connect(dashboard) or process.poll() is not None, 180)
+        eventually(lambda: can_connect(dashboard) or process.poll() is not None)
         assert process.poll() is None, (folder / "head.log").read_text()
         yield Head(f"127.0.0.1:{gcs}", url, folder, environment)
     finally:
@@ -138,7 +138,7 @@ def head() -> Iterator[Head]:
         for left in processes(str(folder)):
             with suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
-        eventually(lambda: not processes(str(folder)), 20)
+        eventually(lambda: not processes(str(folder)))
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -183,7 +183,7 @@ def test_without_the_token_nothing_is_taken(head: Head, tiny: str, tmp_path: Pat
             *(sys.executable, "-m", "aquarl.cli", "submit", "tokenizer", "--config", tiny),
             *(f"run.dir={tmp_path}/run", f"cluster.address={head.dashboard}"),
         ],
-        cwd=ROOT, env=stranger, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env=stranger, capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "No cluster takes jobs" in done.stderr
@@ -196,8 +196,8 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
     here = ["--config", tiny, f"run.dir={after_sft}"]
     submitting = ["submit", "rl", *here, f"cluster.address={head.dashboard}"]
     following = head.start(*submitting)
-    worker = eventually(lambda: rollout_workers(head), 60)[0]
-    eventually((after_sft / "checkpoints/rl/step_000002/meta.json").exists, 60)
+    worker = eventually(lambda: rollout_workers(head))[0]
+    eventually((after_sft / "checkpoints/rl/step_000002/meta.json").exists)
     os.kill(worker, signal.SIGSTOP)  # the run waits for its lease and is not over too soon
     try:
         seen = status(head, here)
@@ -206,7 +206,7 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
 
         head.ask("scale", "4", *here)
         four = [f"rollout-{i}" for i in range(4)]
-        eventually(lambda: status(head, here)["workers"] == four, 60)
+        eventually(lambda: status(head, here)["workers"] == four)
         said = shown(head)
         assert sorted(said["RolloutWorker"]) == [f"RolloutWorker({name})" for name in four]
         assert said["StreamActor"] == [f"RolloutStream({after_sft})"]
@@ -214,14 +214,14 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
         assert len(rollout_workers(head)) == 4
 
         head.call_scale(after_sft, 2)
-        eventually(lambda: len(rollout_workers(head)) == 2, 30)
+        eventually(lambda: len(rollout_workers(head)) == 2)
         head.submit("python", "ray_jobs/scale.py", "1", *here)
-        eventually(lambda: len(rollout_workers(head)) == 1, 30)
+        eventually(lambda: len(rollout_workers(head)) == 1)
         seen = status(head, here)
         assert (seen["workers"], seen["waiting"], seen["wanted"]) == (["rollout-0"], [], 1)
-        eventually(lambda: shown(head)["RolloutWorker"] == ["RolloutWorker(rollout-0)"], 30)
+        eventually(lambda: shown(head)["RolloutWorker"] == ["RolloutWorker(rollout-0)"])
 
-        scraped = eventually(lambda: metrics_of(head, "ray_aquarl_groups_total"), 30)
+        scraped = eventually(lambda: metrics_of(head, "ray_aquarl_groups_total"))
         assert f'run="{after_sft}"' in scraped
         for name in ("rollouts", "sampled_tokens", "reward"):
             assert metrics_of(head, f"ray_aquarl_{name}_total")
@@ -233,7 +233,7 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
         jobs = json.loads(dashboard(head, "/api/jobs/"))
         job = next(j for j in jobs if j["submission_id"] and j["status"] == "RUNNING")
         dashboard(head, f"/api/jobs/{job['submission_id']}/stop", method="POST")
-        out, err = following.communicate(timeout=60)
+        out, err = following.communicate(timeout=PATIENCE_S)
     finally:
         with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGCONT)
@@ -245,12 +245,12 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
 
     ending = set(rollout_workers(head))  # given back, but not gone yet
     following = head.start(*submitting)
-    eventually(lambda: set(rollout_workers(head)) - ending, 60)
+    eventually(lambda: set(rollout_workers(head)) - ending)
     drivers = mine(head, "ray_jobs/rl.py")
     assert drivers
     for driver in drivers:
         os.kill(driver, signal.SIGKILL)
-    following.communicate(timeout=60)
+    following.communicate(timeout=PATIENCE_S)
     assert following.returncode == 2 and not (after_sft / "results/rl.json").exists()
 
     again = head.aquarl(*submitting)
@@ -323,7 +323,7 @@ def held(head: Head) -> dict[str, Any]:
 
 def assert_nothing_is_held(head: Head) -> None:
     with suppress(AssertionError):
-        eventually(lambda: not any(held(head).values()), 30)
+        eventually(lambda: not any(held(head).values()))
     assert not {kind: found for kind, found in held(head).items() if found}
 
 
@@ -344,7 +344,7 @@ def test_sigterm_ends_a_command_in_order(tiny: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "-m", "aquarl.cli", "tokenizer", "--config", tiny, f"run.dir={run}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     command = subprocess.Popen(
@@ -354,9 +354,9 @@ def test_sigterm_ends_a_command_in_order(tiny: str, tmp_path: Path) -> None:
         ],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    eventually(lambda: latest_checkpoint(f"{run}/checkpoints/base"), 120)
+    eventually(lambda: latest_checkpoint(f"{run}/checkpoints/base"))
     command.send_signal(signal.SIGTERM)
-    _, err = command.communicate(timeout=30)
+    _, err = command.communicate(timeout=PATIENCE_S)
     assert command.returncode == 143
     assert err.strip().splitlines()[-1].endswith("the same command goes on from here.")
     assert "Traceback" not in err

@@ -138,7 +138,7 @@ def finished(
     before = shared_memory()
     seen = watched(run, "pipeline", "--config", tiny, "cluster.learners=2")
     assert seen.status == 0, seen.said.decode()
-    eventually(lambda: not shared_memory() - before, 20)
+    eventually(lambda: not shared_memory() - before)
     yield seen
     shutil.rmtree(seen.temporary)
 
@@ -171,7 +171,7 @@ def test_no_secret_is_said_or_written(finished: Watched) -> None:
 
 
 def test_a_finished_command_leaves_its_run_directory_and_nothing_else(finished: Watched) -> None:
-    eventually(lambda: not processes_of(finished.temporary), 20)
+    eventually(lambda: not processes_of(finished.temporary))
     assert not left_in(finished.temporary)
     assert not (finished.run / "ray_train").exists()
     assert not [f for f in finished.run.rglob("*") if f.name.endswith((".writing", ".replaced"))]
@@ -191,8 +191,8 @@ def test_a_command_that_ends_early_leaves_nothing_either(
     )  # fmt: skip
     assert seen.status == (2 if is_failing else 130), seen.said.decode()
     assert b"Traceback" not in seen.said
-    eventually(lambda: not processes_of(seen.temporary), 20)
-    eventually(lambda: not shared_memory() - before, 20)
+    eventually(lambda: not processes_of(seen.temporary))
+    eventually(lambda: not shared_memory() - before)
     left = [f for f in left_in(seen.temporary) if not re.match(r"ray/session_[^/]*/logs/", f)]
     assert not left
     assert bool(left_in(seen.temporary)) == is_failing
@@ -249,7 +249,7 @@ def test_a_lasting_cluster_gets_everything_back(
         return left == NOTHING
 
     try:
-        eventually(is_given_back, 20)
+        eventually(is_given_back)
     except AssertionError:
         raise AssertionError(left) from None
 

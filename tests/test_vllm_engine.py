@@ -401,7 +401,7 @@ def test_a_run_samples_with_vllm_and_leaves_no_process(tiny: str, tmp_path: Path
         running.terminate()  # where this test is itself stopped
     assert running.returncode == 0, said
     assert holders == {"RolloutWorker", "EvaluationWorker"}  # neither learner nor a child of theirs
-    eventually(lambda: not list(processes(mark)), seconds=120)
+    eventually(lambda: not list(processes(mark)))
 
     steps = [row for row in rows(run / "metrics.jsonl") if "policy/logprob_gap" in row]
     assert len(steps) == 6
