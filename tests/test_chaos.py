@@ -34,9 +34,13 @@ def test_a_run_killed_at_every_point_gives_the_weights_of_an_undisturbed_one(
 ) -> None:
     employ(monkeypatch)
     arm(after_sft, *POINTS)
-    assert run_rl(tiny, after_sft, "rl.rollout_workers=2", "cluster.max_failures=10") == 0
+    (after_sft / "scale to").write_text("3")
+    assert run_rl(tiny, after_sft, "rl.rollout_workers=2", "cluster.max_failures=3") == 0
     assert armed(after_sft) == [], "somebody died at each of them"
     assert_same(weights(after_sft), in_process[0])
+    pool = [row["pool/wanted"] for row in rows(after_sft / "metrics.jsonl") if "pool/wanted" in row]
+    assert (pool[0], pool[-1]) == (2, 3), "what was asked for outlives the stream"
+    assert not (after_sft / "scaled.json").exists()
     trained = rows(after_sft / "ledger.jsonl")
     assert len(trained) == 48 and len({row["problem"] for row in trained}) == 48
 

@@ -300,17 +300,34 @@ def test_a_damaged_ledger_is_named(refused: Refuse, finished_run: Path, tmp_path
     assert "Line 49 of" in said and "ledger.jsonl is damaged" in said
 
 
-def test_an_empty_split_is_refused_before_anything_is_measured(
-    refused: Refuse, finished_run: Path, tiny: str, problems: Callable[..., str], tmp_path: Path
-) -> None:
+@pytest.fixture
+def without_test(tmp_path: Path) -> str:
+    """A task whose test split is empty."""
     folder = tmp_path / "two splits"
     folder.mkdir()
     for split in ("train", "validation"):
         rows = [GOOD | {"question": f"{split} {n}?"} for n in range(4)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    here = ["evaluate", "--config", tiny, f"run.dir={finished_run}", f"data.task={folder}"]
+    return str(folder)
+
+
+def test_an_empty_split_is_refused_before_anything_is_measured(
+    refused: Refuse, finished_run: Path, tiny: str, without_test: str
+) -> None:
+    here = ["evaluate", "--config", tiny, f"run.dir={finished_run}", f"data.task={without_test}"]
     said = refused(*here, "evaluate.split=test")
     assert "test split" in said and "evaluate.split=validation" in said
+
+
+def test_what_a_pipeline_could_not_evaluate_is_refused_before_it_trains(
+    refused: Refuse, tiny: str, without_test: str, tmp_path: Path
+) -> None:
+    here = ["pipeline", "--config", tiny, f"run.dir={tmp_path}/run"]
+    said = refused(*here, f"data.task={without_test}", "evaluate.split=test")
+    assert "test split" in said and "evaluate.split=validation" in said
+    said = refused(*here, f"--against={tmp_path}/nobody:sft")
+    assert f"no whole checkpoint of the sft stage in {tmp_path}/nobody" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_final_checkpoint_that_is_damaged_is_never_replaced_by_an_earlier_one(

@@ -8,7 +8,7 @@ import pytest
 
 from aquarl.config import EvaluateConfig
 from aquarl.errors import DataError
-from aquarl.evaluate.evaluator import compare, evaluate_policy, evaluation_summary
+from aquarl.evaluate.evaluator import accuracies, compare, evaluate_policy, evaluation_summary
 from aquarl.evaluate.scores import mcnemar_exact, wilson_interval
 from aquarl.records import Problem, Sampling
 from tests.fakes import ScriptedSampler, byte_tokenizer
@@ -89,13 +89,27 @@ def test_a_problem_draws_the_same_samples_whatever_stands_beside_it() -> None:
     assert alone.calls[-1][1][0] == among.calls[-1][1][-1]
 
 
+def test_accuracies_have_names_for_a_tracking_service() -> None:
+    result = evaluate_policy(
+        make_problems(), BYTES, ScriptedSampler(BYTES, right_when_seed_is_even), CONFIG, seed=0
+    )
+    found = accuracies(evaluation_summary("test", {"sft": result}))
+    assert found["sft/greedy"] == result["greedy"]["accuracy"]
+    assert found["sft/pass@1"] == result["sampled"]["accuracy"]
+    assert {"sft/letter_logit", "sft/permutation", "sft/pass@4"} <= found.keys()
+
+
 def test_pass_at_k_counts_the_samples_that_were_right() -> None:
     sampler = ScriptedSampler(BYTES, right_when_seed_is_even)
     sampled = evaluate_policy(make_problems(), BYTES, sampler, CONFIG, seed=0)["sampled"]
     rows = [row for _, seeds, s in sampler.calls if s.temperature > 0 for row in seeds]
     right = [sum(seed % 2 == 0 for seed in row) for row in rows]
-    assert sampled["accuracy"] == sampled["pass_at_k"]["1"] == sum(right) / 40
-    assert sampled["pass_at_k"]["4"] == sum(count > 0 for count in right) / 10
+    passed = sampled["pass_at_k"]
+    assert sampled["accuracy"] == passed["1"]["accuracy"] == sum(right) / 40
+    assert (sampled["low"], sampled["high"]) == (passed["1"]["low"], passed["1"]["high"])
+    solved = sum(count > 0 for count in right)
+    assert passed["4"]["accuracy"] == solved / 10
+    assert (passed["4"]["low"], passed["4"]["high"]) == wilson_interval(solved, 10)
     assert sampled["committed_fraction"] == sum(right) / 40
     assert sampled["low"] < sampled["accuracy"] < sampled["high"]
 

@@ -16,15 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 
 from aquarl.cli import main
 from aquarl.cluster.results import finished_checkpoint, finished_policy
 from aquarl.cluster.stages import token_folder
 from aquarl.config import DataConfig, load_config
 from aquarl.data.corpus import documents
-from aquarl.data.files import read_rows
+from aquarl.data.files import read_column, read_rows
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import DataError, StorageError
 from aquarl.evaluate.report import write_report
@@ -153,19 +156,28 @@ def test_a_tokenizer_comes_back_with_its_fingerprint(run_dir: str) -> None:
 
 
 def test_a_corpus_is_read_from_the_bucket(run_dir: str) -> None:
-    texts = [f"document {i}\n\nsecond line" for i in range(40)]
+    texts = [f"document {i}\n\nsecond line" for i in range(80)]
     write(f"{run_dir}/text/a.txt", "\n<|doc|>\n".join(texts[:20]).encode())
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[20:])
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[20:40])
     write(f"{run_dir}/text/b.jsonl", lines.encode())
-    assert [row["text"] for _, row in read_rows(f"{run_dir}/text/b.jsonl")] == texts[20:]
+    assert [row["text"] for _, row in read_rows(f"{run_dir}/text/b.jsonl")] == texts[20:40]
+    packed = zstandard.ZstdCompressor().compress("\n<|doc|>\n".join(texts[40:60]).encode())
+    write(f"{run_dir}/text/c.txt.zst", packed)
+    shard = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[60:]}), shard, row_group_size=7)
+    whole = shard.getvalue().to_pybytes()
+    write(f"{run_dir}/text/d.parquet", whole)
 
-    for patterns in (("text",), ("text/*.txt", "text/b.jsonl")):  # a folder, or files
+    for patterns in (("text",), ("text/*.txt*", "text/b.jsonl", "text/d.parquet")):
         config = DataConfig(root=run_dir, corpus=patterns, validation_fraction=0.2)
         splits = [list(documents(config, 0, split)) for split in ("train", "validation")]
         assert all(splits) and sorted(splits[0] + splits[1]) == sorted(texts)
 
     with pytest.raises(DataError, match=r"There is no gs://.*b\.json\. .*Did you mean b\.jsonl\?"):
         list(read_rows(f"{run_dir}/text/b.json"))
+    write(f"{run_dir}/text/d.parquet", whole[:-9])
+    with pytest.raises(DataError, match=r"gs://.*d\.parquet is not a whole parquet file"):
+        list(read_column(f"{run_dir}/text/d.parquet", "text"))
 
 
 def test_a_ledger_takes_back_what_came_after_the_checkpoint(run_dir: str) -> None:

@@ -25,6 +25,7 @@ import pytest
 
 from aquarl.model.checkpoint import latest_checkpoint
 from tests.conftest import PATIENCE_S, eventually, rows
+from tests.planted import SECRETS, holding_a_secret
 from tests.test_own_ray import KEPT
 
 pytestmark = pytest.mark.slow
@@ -103,11 +104,11 @@ def head() -> Iterator[Head]:
     (folder / "tmp").mkdir()
     environment = {
         **os.environ,
+        **SECRETS,
         "HOME": str(folder),
         "TMPDIR": str(folder / "tmp"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
         "RAY_metrics_report_interval_ms": "1000",
         "RAY_health_check_initial_delay_ms": "2000",  # as in cluster.yaml
         "RAY_health_check_period_ms": "2000",
@@ -277,6 +278,8 @@ def test_a_pipeline_goes_through_as_a_job(
     last = Path("checkpoints/rl/step_000006/weights.safetensors")
     assert (run / last).read_bytes() == (finished_run / last).read_bytes()
     assert (run / "report.md").is_file()
+    assert list(head.folder.rglob("job-driver-*.log")), "the logs of all these jobs"
+    assert not holding_a_secret(head.folder) and not holding_a_secret(run)
 
 
 def dashboard(head: Head, path: str, method: str = "GET") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +332,5 @@ def test_what_was_imported_is_trained_on(finished_run: Path, tiny: str, tmp_path
     assert main(["pipeline", "--config", tiny, f"run.dir={run}"]) == 0
     assert_same(weights(run), weights(finished_run))
     assert main(["report", f"run.dir={run}"]) == 0
+    page = (run / "report.md").read_text()
+    assert re.search(r"^\| mid (\| - ){5}", page, re.MULTILINE), "none of it is known"

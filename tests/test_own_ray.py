@@ -29,19 +29,10 @@ from psutil import CONN_LISTEN, Error, Process, process_iter
 from aquarl.cli import main
 from aquarl.model.checkpoint import latest_checkpoint
 from tests.conftest import eventually
+from tests.planted import MARK, SECRETS, holding_a_secret
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
-
-SECRETS = {
-    "WANDB_API_KEY": "5ec4e7" + "0" * 33 + "1",
-    "HF_TOKEN": "hf_5ec4e7abcdefghijklmnopqrstuvwx",
-    "AWS_SECRET_ACCESS_KEY": "5ec4e7/AbCdEfGhIjKlMnOpQrStUvWxYz012345",
-    "GOOGLE_APPLICATION_CREDENTIALS_JSON": '{"private_key": "5ec4e7-google"}',
-    "RAY_AUTH_TOKEN": "5ec4e7abcdef0123" * 4,
-}
-MARK = b"5ec4e7"
-"""Stands in every secret and nowhere else."""
 
 
 @dataclass
@@ -98,15 +89,6 @@ def look_at(pid: int, seen: Watched) -> None:
                     if socket.status == CONN_LISTEN:
                         seen.listening[process.name(), socket.laddr.ip] = socket.laddr.port
     seen.told |= holding_a_secret(seen.temporary)
-
-
-def holding_a_secret(folder: Path) -> set[str]:
-    found = set()
-    for file in folder.rglob("*"):
-        with suppress(OSError):
-            if file.is_file() and MARK in file.read_bytes():
-                found.add(str(file))
-    return found
 
 
 def processes_of(temporary: Path) -> list[str]:

@@ -176,8 +176,13 @@ def test_the_times_of_steps_and_of_workers_fit_one_another(finished_run: Path) -
 
 
 def test_a_run_against_its_own_copy_differs_in_nothing(
-    finished_run: Path, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path,
+    tiny: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     copy = tmp_path / "copy"
     shutil.copytree(finished_run, copy)
     here = ["evaluate", "--config", tiny, f"run.dir={copy}", "--json", "evaluate.stages=['rl']"]
@@ -186,6 +191,8 @@ def test_a_run_against_its_own_copy_differs_in_nothing(
     compared = printed["comparisons"][-1]
     assert (compared["a"], compared["b"]) == (f"{finished_run}:rl", "rl")
     assert compared["p_value"] == 1.0 and compared["difference"] == 0.0
+    kept = json.loads((copy / "wandb.json").read_text())["evaluate"]
+    assert list((copy / "wandb").glob(f"offline-run-*-{kept}"))
 
 
 @pytest.mark.slow

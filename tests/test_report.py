@@ -105,6 +105,7 @@ def make_run(run_dir: str) -> None:
             "learners": 2,
             "metrics": {},
             "refused": {"no rationale": 3} if stage == "sft" else {},
+            "cut": 7 if stage == "mid" else 0,
             "ran_on": {
                 "cpu": "Z80",
                 "cores": 1,
@@ -173,6 +174,8 @@ def test_the_table_of_stages_holds_steps_tokens_time_and_cost(run: Path) -> None
     # 400 steps of 8,192 tokens; 720 s = 12 min at 10.0 an hour
     assert "| base | 400 | 3,276,800 | - | 12 min | 2 | 2.00 | loss/train" in page
     assert "Rows left out of sft: no rationale: 3." in page
+    assert page.count("whose end was not learned") == 1
+    assert "of mid longer than model.context, whose end was not learned: 7 an epoch" in page
 
 
 def test_the_page_says_where_stages_ran_how_fast_and_who_was_idle(run: Path) -> None:

@@ -137,6 +137,18 @@ def test_hub_rows_of_mmlu_and_arc_become_the_same_problems_as_local_ones() -> No
     assert arc.lettered({"question": "Q", "choices": choices, "answerKey": "E"})["correct"] == ""
 
 
+def test_files_may_hold_the_rows_of_the_hub(root: Path) -> None:
+    texts = ["1", "2", "3", "4"]
+    write(root / "mmlu/val.jsonl", [{"question": "Q", "choices": texts, "answer": 2}])
+    choices = {"text": texts, "label": [*"ABCD"]}
+    write(root / "arc/train.jsonl", [{"question": "Q", "choices": choices, "answerKey": "C"}])
+    for problem in (*mmlu.load_mmlu(config_of(root)), *arc.load_arc(config_of(root))):
+        assert (problem.options, problem.answer_letter) == (("1", "2", "3", "4"), "C")
+    write(root / "arc/train.jsonl", [{"question": "Q", "choices": texts}])
+    with pytest.raises(DataError, match="has the fields question, choices, but"):
+        arc.load_arc(config_of(root))
+
+
 def test_dialogues_must_alternate() -> None:
     user, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     system = {"role": "system", "content": "c"}
@@ -158,6 +170,17 @@ def test_a_source_never_shows_validation_in_training(root: Path, name: str) -> N
     assert asked[0] and asked[1] and not asked[0] & asked[1]
     ids, is_learned = Tokenizer({bytes([i]): i for i in range(256)}).render_conversation(train[0])
     assert len(ids) == len(is_learned) and any(is_learned)
+
+
+def test_a_question_held_out_of_mmlu_or_arc_is_not_trained_under_other_options(root: Path) -> None:
+    again = {"question": "Held  out?", "options": [*FOUR, "E)5"], "correct": "E"}
+    config = config_of(root)
+    for name, train, held_out in (("mmlu", "val", "dev"), ("arc", "train", "dev")):
+        other = {"question": "Another", "options": FOUR, "correct": "A"}
+        write(root / f"{name}/{train}.jsonl", [again, other])
+        write(root / f"{name}/{held_out}.jsonl", [{**other, "question": "held out"}])
+        (kept,) = load_conversations(name, config, 0)
+        assert kept.messages[0].content.startswith("Another")
 
 
 def test_mmlu_trains_on_the_auxiliary_file_where_there_is_one(root: Path) -> None:
@@ -227,8 +250,8 @@ def test_the_real_sources_are_all_there() -> None:
         for name in ("chat", "gsm8k", "mmlu", "arc")
     }
     assert sum(sizes["chat"]) == 9_759 and sum(sizes["gsm8k"]) == 7_473
-    assert sizes["mmlu"] == (1_530, 285)  # one of 1,531 has its right option twice
-    assert sizes["arc"] == (3_370, 869)
+    assert sizes["mmlu"] == (1_529, 285)  # of 1,531, one has its right option twice, one is in both
+    assert sizes["arc"] == (3_367, 869)  # three more stand in both files
     for conversation in load_conversations("gsm8k", config, 0):
         said = conversation.messages[1].content
         assert "<<" not in said and said.splitlines()[-1].startswith("Answer: ")

@@ -97,6 +97,8 @@ def sft(work: Work, machine: Machine, device: str, engine: str) -> Piece:
 class _RandomRows:
     """A `RowSource` of one document a row, every position trained."""
 
+    cut = 0
+
     def __init__(self, work: Work) -> None:
         self.context, self._work = work.context, work
 

@@ -10,28 +10,32 @@ from typing import Any
 
 import ray
 
-from aquarl.cluster.results import finished_checkpoint, finished_policy, tokenizer_folder
+from aquarl.cluster.results import (
+    finished_checkpoint,
+    finished_policy,
+    run_and_stage,
+    tokenizer_folder,
+)
 from aquarl.cluster.rollout_pool import sampler_maker, unused
 from aquarl.cluster.waits import wait_for
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.errors import ConfigError
 from aquarl.evaluate.evaluator import compare, evaluate_policy, evaluation_summary
 from aquarl.model.checkpoint import read_meta
 from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT
 from aquarl.records import Problem, Prompt, Rollout, Sampling, Weights
-from aquarl.tasks.catalog import load_problems
+from aquarl.tasks.catalog import problems_to_evaluate
 
 
 class EvaluationWorker:
     """A sampler on its own resources, with the weights of one checkpoint."""
 
-    def __init__(self, config: Config, model_shape: Any, tokenizer: Tokenizer) -> None:
-        self._sampler = sampler_maker(config, model_shape, tokenizer)()
+    def __init__(self, name: str, config: Config, model_shape: Any, tokenizer: Tokenizer) -> None:
+        self._name, self._sampler = name, sampler_maker(config, model_shape, tokenizer)()
 
     def __repr__(self) -> str:
-        return "EvaluationWorker"
+        return f"EvaluationWorker({self._name})"
 
     def load_weights(self, weights: Weights) -> None:
         self._sampler.load_weights(weights)
@@ -51,8 +55,8 @@ class PooledSampler:
             num_cpus=config.cluster.rollout_cpus, num_gpus=config.cluster.rollout_gpus
         )(EvaluationWorker)
         self._workers: list[Any] = [
-            hired.options(name=unused(f"evaluate-{i}")).remote(config, model.shape, tokenizer)
-            for i in range(workers)
+            hired.options(name=name).remote(name, config, model.shape, tokenizer)
+            for name in (unused(f"evaluate-{i}") for i in range(workers))
         ]
         self.shape, self.version = model.shape, -1
         self._config = config
@@ -117,16 +121,9 @@ def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str
 
     Raises:
         CheckpointError: A checkpoint is missing, damaged, or of another vocabulary.
-        DataError: The split is empty.
+        ConfigError: The split is empty.
     """
-    problems: tuple[Problem, ...] = getattr(
-        load_problems(config.data, config.run.seed), config.evaluate.split
-    )
-    if not problems:
-        raise ConfigError(
-            f"The {config.evaluate.split} split of {config.data.task} holds no problems. "
-            "Set evaluate.split=validation."
-        )
+    problems = problems_to_evaluate(config)
     tokenizer = Tokenizer.load(tokenizer_folder(config))
     models: dict[str, GPT] = {
         stage: finished_policy(config.run.dir, stage, tokenizer.fingerprint)
@@ -135,13 +132,12 @@ def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str
     results = _measured(config, models, tokenizer, problems)
     summary = evaluation_summary(config.evaluate.split, results)
     if against is not None:
-        folder, _, stage = _folder_and_stage(against)
-        stage = stage or config.evaluate.stages[-1]
+        last = config.evaluate.stages[-1]
+        folder, stage = run_and_stage(against, last)
         other = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
         other_tokenizer = Tokenizer.load(tokenizer_folder(other))
         model = finished_policy(folder, stage, other_tokenizer.fingerprint)
         measured = _measured(other, {against: model}, other_tokenizer, problems)[against]
-        last = config.evaluate.stages[-1]
         summary["stages"][against] = measured
         summary["comparisons"].append({"a": against, "b": last, **compare(measured, results[last])})
         summary["stages"][against]["checkpoint"] = _step_and_stage(folder, stage)
@@ -154,12 +150,6 @@ def _step_and_stage(run_dir: str, stage: str) -> dict[str, Any]:
     """Return which checkpoint was measured."""
     meta = read_meta(finished_checkpoint(run_dir, stage))
     return {"stage": meta["stage"], "step": meta["step"]}
-
-
-def _folder_and_stage(against: str) -> tuple[str, str, str]:
-    """Split "DIR:STAGE"; the colon of gs:// is none of ours."""
-    folder, colon, stage = against.rpartition(":")
-    return (folder, colon, stage) if colon and "/" not in stage else (against, "", "")
 
 
 def _measured(

@@ -21,10 +21,12 @@ from aquarl.cluster.errors import plain_errors
 from aquarl.cluster.kinds import first_kinds, kinds_of
 from aquarl.cluster.results import (
     finished_at,
+    finished_checkpoint,
     put_json,
     ran_on,
     record,
     require_predecessor,
+    run_and_stage,
     settings_kept,
     stands,
     tokenizer_folder,
@@ -150,7 +152,7 @@ def hired_stream(config: Config, *, wanted: bool) -> Iterator[Any]:
     from aquarl.cluster.stream_actor import StreamActor
 
     stream: Any = (
-        ray.remote(num_cpus=0, max_restarts=config.cluster.max_failures)(StreamActor)
+        ray.remote(num_cpus=0, max_restarts=-1)(StreamActor)  # each counts as the learners' failure
         .options(name="stream", namespace=namespace(config), scheduling_strategy=beside_driver())
         .remote(config)
     )
@@ -175,6 +177,8 @@ def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]
     with connected(config), plain_errors():
         check_resources(config, with_rollouts=True, learners=0)
         from aquarl.cluster.evaluation import evaluate_checkpoints
+        from aquarl.evaluate.evaluator import accuracies
+        from aquarl.observe.metrics import make_trackers
 
         with Console(stderr=True).status(
             "evaluating " + ", ".join(config.evaluate.stages), refresh_per_second=4
@@ -185,6 +189,8 @@ def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]
     result["rollout_workers"] = config.rl.rollout_workers.min
     result["settings"] = config.evaluate.model_dump(mode="json")
     put_json(f"{config.run.dir}/results/evaluate.json", result)
+    with make_trackers(config) as trackers:
+        trackers.log("evaluate", 0, accuracies(result))
     return result
 
 
@@ -202,6 +208,19 @@ def check_engine(config: Config) -> None:
         require_vllm()
     for temperature in (config.rl.temperature, config.evaluate.temperature):
         check_temperature(temperature)
+
+
+def check_evaluation(config: Config, against: str | None) -> None:
+    """Refuse at once what `run_evaluation` could not do, before stages have taken hours.
+
+    Raises:
+        AquarlError: There are no problems to evaluate on, or no such run or stage to compare with.
+    """
+    from aquarl.tasks.catalog import problems_to_evaluate
+
+    problems_to_evaluate(config)
+    if against is not None:
+        finished_checkpoint(*run_and_stage(against, config.evaluate.stages[-1]))
 
 
 def check_resources(config: Config, *, with_rollouts: bool, learners: int | None = None) -> None:

@@ -31,6 +31,7 @@ from torch import nn
 
 from aquarl.cluster.connection import cluster_address
 from aquarl.cluster.meeting import Meeting
+from aquarl.cluster.results import saved_files
 from aquarl.config import Config, build_config
 from aquarl.errors import AquarlError, ClusterError
 from aquarl.model.modes import keep_memory
@@ -106,25 +107,53 @@ class Member:
 def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     """Run this on `cluster.learners` workers until all have returned.
 
+    A group that has saved a result or a checkpoint is started again whatever befell it before:
+    `cluster.max_failures` ends what no longer gets on, not what runs for a month.
+
     Raises:
         AquarlError: What the work itself raised, or that the group could not be kept up.
     """
-    cluster, learners = config.cluster, config.cluster.learners
+    cluster = config.cluster
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    resources = {"CPU": cluster.learner_cpus}
-    if cluster.learner_gpus:
-        resources["GPU"] = cluster.learner_gpus
-    backend = "nccl" if cluster.learner_gpus else "gloo"
     is_here = cluster_address(config) is None
-    if is_here or learners.max == 1:
+    if is_here or cluster.learners.max == 1:
         # What warns of a node that is taken away takes 2 s to start. Several learners may want it:
         # else what the others say of the one that is gone counts against cluster.max_failures.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     meeting = tempfile.mkdtemp(prefix="aquarl_learners_") if is_here else None
     storage = f"{config.run.dir}/ray_train"  # Train's own notes, which nobody reads afterwards
-    trainer = _Trainer(
+    try:
+        while True:
+            saved, trainer = saved_files(config), _trainer(config, work, meeting, storage)
+            try:
+                returned = trainer.fit().return_value
+                break
+            except KeyboardInterrupt:
+                trainer.abort()
+                raise
+            except Exception as error:
+                if saved_files(config) == saved:
+                    raise _given_up(config, error) from error
+    finally:
+        remove(storage)
+        if meeting:
+            remove(meeting)
+    if fault := returned.get("fault"):
+        raise AquarlError(fault)
+
+
+def _trainer(
+    config: Config, work: Callable[[Config, Member], None], meeting: str | None, storage: str
+) -> _Trainer:
+    """Return what runs this on a group of learners, `cluster.max_failures` times again."""
+    cluster, learners = config.cluster, config.cluster.learners
+    resources = {"CPU": cluster.learner_cpus}
+    if cluster.learner_gpus:
+        resources["GPU"] = cluster.learner_gpus
+    backend = "nccl" if cluster.learner_gpus else "gloo"
+    return _Trainer(
         _Loop(work),
         train_loop_config={"config": config.model_dump(mode="json")},
         torch_config=Meeting(backend, meeting, cluster.start_timeout_s),
@@ -144,31 +173,25 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
             ),
         ),
     )
-    try:
-        returned = trainer.fit().return_value
-    except KeyboardInterrupt:
-        trainer.abort()
-        raise
-    except ControllerError as error:
-        raise ClusterError(
-            f"The learner group could not start: {learners.min} workers, each with "
+
+
+def _given_up(config: Config, error: Exception) -> ClusterError:
+    """Return what is said of a group that failed for good."""
+    cluster = config.cluster
+    if isinstance(error, ControllerError):
+        return ClusterError(
+            f"The learner group could not start: {cluster.learners.min} workers, each with "
             f"{cluster.learner_cpus:g} CPUs and {cluster.learner_gpus:g} GPUs, did not all find "
             f"their place within {cluster.start_timeout_s:g} s, tried {cluster.max_failures + 1} "
             "times. Lower cluster.learners, cluster.learner_cpus or cluster.learner_gpus, add "
             "nodes, or raise cluster.start_timeout_s."
-        ) from error
-    except Exception as error:
-        raise ClusterError(
-            f"The learner group failed {cluster.max_failures + 1} times and is given up: "
-            f"{_root(error)}. The last checkpoint is whole; start the same command again to "
-            "resume. If a worker ran out of memory, lower micro_rows or rl.micro_prompts."
-        ) from error
-    finally:
-        remove(storage)
-        if meeting:
-            remove(meeting)
-    if fault := returned.get("fault"):
-        raise AquarlError(fault)
+        )
+    return ClusterError(
+        f"The learner group failed {cluster.max_failures + 1} times without getting on to another "
+        f"checkpoint and is given up: {_root(error)}. The last checkpoint is whole; start the same "
+        "command again to resume. If a worker ran out of memory, lower micro_rows or "
+        "rl.micro_prompts."
+    )
 
 
 class _Trainer(TorchTrainer):

@@ -120,8 +120,8 @@ def record(config: Config, stage: str, since: float, metrics: Metrics, **facts: 
     Args:
         since: Unix seconds at which the stage began.
         metrics: The last value of each.
-        facts: What else the report shows of it: steps, tokens, learners. They come before what is
-            said of it here.
+        facts: What else the report shows of it: steps, tokens, learners. They stand in place of
+            what would be said of it here.
 
     Raises:
         StorageError: It cannot be written.
@@ -139,7 +139,7 @@ def record(config: Config, stage: str, since: float, metrics: Metrics, **facts: 
     }
     put_json(f"{config.run.dir}/results/{stage}.json", summary)
     numbers = "  ".join(f"{name} {metrics[name]:.4g}" for name in HEADLINES if name in metrics)
-    return f"{stage:>9}  done in {summary['wall_s']:5.1f} s  {numbers}"
+    return f"{stage:>9}  done in {finished - since:5.1f} s  {numbers}"
 
 
 def record_import(config: Config, stage: str, checkpoint: str, since: float) -> None:
@@ -152,8 +152,9 @@ def record_import(config: Config, stage: str, checkpoint: str, since: float) -> 
 
     for earlier in STAGES[: STAGES.index(stage)]:
         if _get_record(f"{config.run.dir}/results/{earlier}.json") is None:
-            record(config, earlier, since, {}, settings={})
-    record(config, stage, since, {}, settings={}, steps=read_meta(checkpoint)["step"])
+            record(config, earlier, since, {}, settings={}, wall_s=None)
+    steps = read_meta(checkpoint)["step"]
+    record(config, stage, since, {}, settings={}, wall_s=None, steps=steps)
 
 
 def ran_on() -> dict[str, Any]:
@@ -224,6 +225,12 @@ def finished_checkpoint(run_dir: str, stage: str) -> str:
         ) from error
 
 
+def run_and_stage(named: str, default: str) -> tuple[str, str]:
+    """Return what "DIR" or "DIR:STAGE" names; the colon of gs:// is none of ours."""
+    folder, colon, stage = named.rpartition(":")
+    return (folder, stage) if colon and "/" not in stage else (named, default)
+
+
 @contextmanager
 def settings_kept(config: Config) -> Iterator[None]:
     """Keep the settings in the run directory, from where later commands take them.
@@ -234,17 +241,17 @@ def settings_kept(config: Config) -> Iterator[None]:
     """
     path = f"{config.run.dir}/config.toml"
     fs, where = fsspec.url_to_fs(path)
-    before, saved = (fs.cat_file(where) if fs.isfile(where) else None), _saved(config)
+    before, saved = (fs.cat_file(where) if fs.isfile(where) else None), saved_files(config)
     put(path, to_toml(config).encode())
     try:
         yield
     except AquarlError:
-        if _saved(config) == saved:
+        if saved_files(config) == saved:
             put(path, before) if before is not None else fs.rm_file(where)
         raise
 
 
-def _saved(config: Config) -> set[str]:
+def saved_files(config: Config) -> set[str]:
     """Return the files of results and checkpoints that there are."""
     found: set[str] = set()
     for folder in ("results", "checkpoints"):

@@ -142,7 +142,15 @@ def _supervised_stage(
 
     train_stage(trainer, log=log, save=save)
     positions = trainer.rows_in_step * train.context * trainer.config.steps
-    post.finish(stage, since, last, steps=trainer.step, tokens=positions, refused=refused)
+    post.finish(
+        stage,
+        since,
+        last,
+        steps=trainer.step,
+        tokens=positions,
+        refused=refused,
+        cut=train.cut,
+    )
     if stage == "base" and "://" in config.run.dir:
         member.once_a_machine(lambda: remove(str(token_folder(config))))
 

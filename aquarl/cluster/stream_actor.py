@@ -8,10 +8,12 @@ current weights object (so that it outlives the learner that made it), and answe
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +24,7 @@ from ray.exceptions import RayError, RayTaskError
 from aquarl.cluster.errors import last_line, users_mistake
 from aquarl.cluster.kinds import for_kind, kinds_of, next_kind
 from aquarl.cluster.ray_metrics import StreamMetrics
-from aquarl.cluster.results import tokenizer_folder
+from aquarl.cluster.results import put_json, tokenizer_folder
 from aquarl.cluster.rollout_pool import LEASE_WAIT_S, hire, sampler_maker
 from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
@@ -33,6 +35,7 @@ from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepS
 from aquarl.rl.pool_size import PoolSize
 from aquarl.rl.prompts import PromptSource
 from aquarl.rl.stream import RolloutStream, what_is_set_aside
+from aquarl.storage import get, remove
 from aquarl.tasks.catalog import load_problems
 
 TICK_S = 1.0
@@ -77,6 +80,8 @@ class StreamActor:
         self._size: PoolSize | None = PoolSize(config.rl)
         """Decides on the size of the pool, until a person does."""
         self._wanted, self._hired, self._replaced = self._size.wanted, 0, 0
+        self._scaled = f"{config.run.dir}/scaled.json"
+        """What a person decided, for the next stream of this run, should this one die."""
         self._gave_at: float | None = None
         """When the learner got its last step."""
         self._wait_share = 0.0
@@ -108,6 +113,10 @@ class StreamActor:
         source = PromptSource(
             splits.train, self._tokenizer, config.run.seed, config.data.permute_options
         )
+        if not ray.get_runtime_context().was_current_actor_reconstructed:
+            remove(self._scaled)  # of a run that was killed
+        with suppress(FileNotFoundError):
+            self._wanted, self._size = json.loads(get(self._scaled))["workers"], None
         self._begun = RolloutStream(source, config.rl)
         self._spawn(self._watch_the_clock())
         await self._resize(self._wanted)
@@ -123,6 +132,7 @@ class StreamActor:
         """Have this many workers from now on: a person's word, which ends deciding by itself."""
         self._size = None
         await self._resize(workers)
+        put_json(self._scaled, {"workers": workers})
 
     async def _resize(self, workers: int) -> None:
         """Hire what is missing. Surplus workers leave after their lease, or at once if not up."""
@@ -336,6 +346,7 @@ class StreamActor:
             await self._wait(deadline)
         for worker in self._workers.values():
             ray.kill(worker)
+        remove(self._scaled)
         if self._begun:
             self._tell_state()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,8 @@ from aquarl.records import Conversation
 
 IGNORED = -1
 """Target of a position that is not trained."""
+DOCUMENTS_AT_A_TIME = 64
+"""Encoded side by side, on all cores."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class RowSource(Protocol):
 
     context: int
     """T."""
+    cut: int
+    """How many documents of the epoch asked for last are longer than T and lose their end."""
 
     def rows(self, first: int, count: int) -> Rows:
         """Return rows `first` to `first + count - 1`."""
@@ -73,12 +78,12 @@ def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, path: Path, at_
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
-            for document in documents:
-                ids = [tokenizer.bos, *tokenizer.encode(document)][: at_most - written]
-                np.asarray(ids, dtype=dtype).tofile(file)
-                written += len(ids)
-                if written >= at_most:
-                    break
+            left = iter(documents)
+            while written < at_most and (batch := list(islice(left, DOCUMENTS_AT_A_TIME))):
+                for encoded in tokenizer.encode_batch(batch):
+                    ids = [tokenizer.bos, *encoded][: at_most - written]
+                    np.asarray(ids, dtype=dtype).tofile(file)
+                    written += len(ids)
         aside.rename(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
@@ -98,6 +103,8 @@ class TokenFile:
 
     Rows come in file order, epoch after epoch, each epoch starting at another offset.
     """
+
+    cut = 0
 
     def __init__(self, path: Path, vocab_size: int, context: int, seed: int) -> None:
         self.context, self.seed = context, seed
@@ -139,7 +146,7 @@ class PackedRows:
         context: int,
         seed: int,
     ) -> None:
-        self.context, self.seed, self.tokenizer = context, seed, tokenizer
+        self.context, self.seed, self.tokenizer, self.cut = context, seed, tokenizer, 0
         self._conversations = conversations
         self._rows_before = [0]
         """For each epoch packed so far, and the next, how many rows came before it."""
@@ -172,6 +179,7 @@ class PackedRows:
         return self._newest[1]
 
     def _packed(self, epoch: int) -> Rows:
+        self.cut = 0
         encoded = [self._encode(c) for c in self._conversations(epoch)]
         if not encoded:
             raise DataError("There is nothing to train on: the stage's data is empty.")
@@ -186,6 +194,7 @@ class PackedRows:
     def _encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Return inputs and targets, one position apart."""
         ids, is_learned = self.tokenizer.render_conversation(conversation)
+        self.cut += len(ids) > self.context + 1
         ids, is_learned = ids[: self.context + 1], is_learned[: self.context + 1]
         targets = [i if learn else IGNORED for i, learn in zip(ids, is_learned, strict=True)]
         return ids[:-1], targets[1:]

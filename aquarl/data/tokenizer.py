@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
@@ -112,6 +113,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens written in it are plain text."""
         return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, encoded on all cores of this machine."""
+        return self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens by their names, broken UTF-8 as U+FFFD."""

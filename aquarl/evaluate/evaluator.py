@@ -35,7 +35,7 @@ from aquarl.evaluate.scores import (
     measure,
     pass_at_k,
 )
-from aquarl.records import Problem, Prompt, Rollout, Sampler, Sampling
+from aquarl.records import Metrics, Problem, Prompt, Rollout, Sampler, Sampling
 from aquarl.tasks.base import shifted, to_prompt
 from aquarl.tasks.grading import committed_letter
 
@@ -128,6 +128,18 @@ def evaluation_summary(split: str, stages: dict[str, dict[str, Any]]) -> dict[st
     }
 
 
+def accuracies(summary: dict[str, Any]) -> Metrics:
+    """Return the accuracies of an `evaluation_summary` by name: "rl/greedy", "rl/pass@8", ..."""
+    found: Metrics = {}
+    for stage, result in summary["stages"].items():
+        ways = {
+            way: result[way] for way in ("greedy", "letter_logit", "permutation") if way in result
+        }
+        ways |= {f"pass@{k}": passed for k, passed in result["sampled"]["pass_at_k"].items()}
+        found |= {f"{stage}/{way}": measured["accuracy"] for way, measured in ways.items()}
+    return found
+
+
 class _Asker:
     """One policy and how to ask it; each method is one way."""
 
@@ -163,7 +175,7 @@ class _Asker:
             "high": high,
             "majority_baseline": majority_baseline(answer_letters),
             "pass_at_k": {
-                str(k): _mean([pass_at_k(draws, count, k) for count in right])
+                str(k): _passed([pass_at_k(draws, count, k) for count in right], draws // k)
                 for k in sorted(set(config.k))
             },
             "letters": letter_histogram(letters, answer_letters),
@@ -266,6 +278,16 @@ def _measured(
         "chosen": list(chosen),
         "is_correct": [letter == answer for letter, answer in zip(chosen, right, strict=True)],
     }
+
+
+def _passed(chances: Sequence[float], sets: int) -> dict[str, float]:
+    """Return the mean chance over problems that one of k answers is right, and its interval.
+
+    Args:
+        sets: How many sets of k answers each chance was seen in that share no answer.
+    """
+    low, high = clustered_interval(chances, sets)
+    return {"accuracy": _mean(chances), "low": low, "high": high}
 
 
 def _content(problem: Problem, letter: str | None) -> str | None:

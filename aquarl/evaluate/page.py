@@ -75,6 +75,11 @@ def _stage_table(stages: dict[str, Any]) -> str:
         if facts["refused"]:
             reasons = ", ".join(f"{why}: {n}" for why, n in facts["refused"].items())
             text += f"\n\nRows left out of {stage}: {reasons}."
+        if facts["cut"]:
+            text += (
+                f"\n\nConversations of {stage} longer than model.context, whose end was not "
+                f"learned: {facts['cut']} an epoch."
+            )
     return text
 
 
@@ -140,7 +145,7 @@ def evaluation_part(evaluation: dict[str, Any]) -> str:
         pass_at_k = sampled.get("pass_at_k", {})
         rows.append([stage, str(greedy["n"]), _interval(greedy)])
         rows[-1] += [_percent(greedy["majority_baseline"]), _interval(sampled)]
-        rows[-1] += [_percent(pass_at_k.get(str(k))) for k in ks if k > 1] + [_interval(logit)]
+        rows[-1] += [_interval(pass_at_k.get(str(k), {})) for k in ks if k > 1] + [_interval(logit)]
         letters = " ".join(f"{letter}:{count}" for letter, count in greedy["letters"].items())
         how_rows.append([stage, _percent(greedy["committed_fraction"])])
         how_rows[-1] += [_percent(greedy["cut_fraction"]), _number(greedy.get("mean_tokens"))]

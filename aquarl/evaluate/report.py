@@ -120,6 +120,7 @@ def _stage_facts(
         "final": {name: value for name, value in final.items() if value is not None},
         "metrics": result.get("metrics", {}),
         "refused": result.get("refused", {}),
+        "cut": result.get("cut", 0),
     }
 
 

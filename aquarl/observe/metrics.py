@@ -88,13 +88,15 @@ class Sinks:
         self.close()
 
 
-def make_sinks(config: Config, extra: Iterable[Sink] = ()) -> Sinks:
+def make_sinks(config: Config) -> Sinks:
     """Return the sinks a configuration asks for: the file always, the console, W&B if wanted."""
     steps = {stage: getattr(config, stage).steps for stage in ("base", "mid", "sft", "rl")}
-    sinks: list[Sink] = [JsonlSink(config.run.dir), ConsoleSink(steps), *extra]
-    if wandb_mode(config) != "off":
-        sinks.append(WandbSink(config))
-    return Sinks(sinks)
+    return Sinks([JsonlSink(config.run.dir), ConsoleSink(steps), make_trackers(config)])
+
+
+def make_trackers(config: Config) -> Sinks:
+    """Return the services that a configuration asks for: W&B if wanted."""
+    return Sinks([WandbSink(config)] if wandb_mode(config) != "off" else [])
 
 
 class JsonlSink:

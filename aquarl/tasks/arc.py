@@ -38,20 +38,24 @@ def load_arc(
         name = join(config.root, FILES[split])
         rows = read_rows(name)
     refused = Counter() if refused is None else refused
-    problems = collect(rows, split, refused)
+    problems = collect(((where, lettered(row)) for where, row in rows), split, refused)
     if not problems:
         raise DataError(f"No row of {name} could be used: {dict(refused)}. Mend the rows.")
     return problems
 
 
 def _hub_rows(split: str) -> Iterator[tuple[str, Row]]:
-    raw = chain.from_iterable(hub_rows(HUB_ARC, split, config) for config in HUB_CONFIGS)
-    return ((where, lettered(row)) for where, row in raw)
+    return chain.from_iterable(hub_rows(HUB_ARC, split, config) for config in HUB_CONFIGS)
 
 
 def lettered(row: Row) -> Row:
-    """Return a row of the hub, whose labels may be 1 to 4, in the schema of `tasks.rows`."""
-    choices = row.get("choices") or {}
+    """Return a row as the hub has it, whose labels may be 1 to 4, in the schema of `tasks.rows`.
+
+    Any other row comes back as it is.
+    """
+    choices = row.get("choices")
+    if not isinstance(choices, dict):
+        return row
     labels, answer = choices.get("label", []), row.get("answerKey")
     place = labels.index(answer) if answer in labels else len(LETTERS)
     return {

@@ -114,6 +114,12 @@ def question_key(problem: Problem) -> str:
     return NO_MATTER.sub("", problem.question.lower())
 
 
+def apart_from(held_out: Iterable[Problem], problems: Iterable[Problem]) -> list[Problem]:
+    """Return the problems whose question is none of those held out."""
+    keys = {question_key(problem) for problem in held_out}
+    return [problem for problem in problems if question_key(problem) not in keys]
+
+
 def deduplicated(splits: Splits) -> Splits:
     """Return the splits with each question once: test keeps it before validation before train."""
     seen: set[str] = set()

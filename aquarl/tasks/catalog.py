@@ -17,15 +17,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from aquarl.config import DataConfig
+from aquarl.config import Config, DataConfig
 from aquarl.data.corpus import documents
 from aquarl.data.files import exists, join
-from aquarl.errors import DataError
+from aquarl.errors import ConfigError, DataError
 from aquarl.records import Conversation, Problem
 from aquarl.tasks.aqua import load_aqua, load_jsonl
 from aquarl.tasks.arc import load_arc
 from aquarl.tasks.arithmetic import arithmetic_problems, fact_documents
-from aquarl.tasks.base import Splits, question_key, shuffled_options, to_conversation
+from aquarl.tasks.base import Splits, apart_from, shuffled_options, to_conversation
 from aquarl.tasks.chat import load_chat
 from aquarl.tasks.gsm8k import load_gsm8k
 from aquarl.tasks.mmlu import load_mmlu
@@ -64,6 +64,18 @@ def _all_problems(config: DataConfig, seed: int) -> Splits:
         raise DataError(_unknown("data.task", config.task, TASKS, " or the path of a JSONL file"))
     below_root = join(config.root, config.task)
     return load_jsonl(config.task if exists(config.task) else below_root, config)
+
+
+def problems_to_evaluate(config: Config) -> tuple[Problem, ...]:
+    """Return the problems of `evaluate.split`. Raises: ConfigError, where there are none."""
+    splits = load_problems(config.data, config.run.seed)
+    problems: tuple[Problem, ...] = getattr(splits, config.evaluate.split)
+    if not problems:
+        raise ConfigError(
+            f"The {config.evaluate.split} split of {config.data.task} holds no problems. "
+            "Set evaluate.split=validation."
+        )
+    return problems
 
 
 def load_conversations(
@@ -165,10 +177,10 @@ def _source(
         return load_chat(config, split)
     if name == "gsm8k":
         return load_gsm8k(config, split)
-    if name == "mmlu":
-        return load_mmlu(config, split, refused)
-    if name == "arc":
-        return load_arc(config, split, refused)
+    if name in ("mmlu", "arc"):
+        load = load_mmlu if name == "mmlu" else load_arc
+        loaded = load(config, split, refused)
+        return loaded if split == "validation" else apart_from(load(config, "validation"), loaded)
     if name == "task":
         problems = load_problems(config, seed)
         if refused is not None:
@@ -176,9 +188,8 @@ def _source(
         return problems.train if split == "train" else problems.validation
     if name == "easy":
         easy = arithmetic_problems(config.model_copy(update={"difficulty": 1}), seed + 1)
-        held_out = {question_key(p) for p in _held_out(config, seed)}
-        problems_of_split = easy.train if split == "train" else easy.validation
-        return [p for p in problems_of_split if question_key(p) not in held_out]
+        of_split = easy.train if split == "train" else easy.validation
+        return apart_from(_held_out(config, seed), of_split)
     raise DataError(_unknown("data.mid", name, MID_SOURCES))
 
 

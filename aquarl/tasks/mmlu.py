@@ -27,14 +27,14 @@ def load_mmlu(
 
     Args:
         split: "train": the auxiliary split, or val without it. "validation": val, or dev where
-            val is trained on. The two never overlap.
+            val is trained on.
 
     Raises:
         DataError: A file is missing or broken, or no row of it can be used.
     """
     name, rows = _rows(config, split)
     refused = Counter() if refused is None else refused
-    problems = collect(rows, split, refused)
+    problems = collect(((where, lettered(row)) for where, row in rows), split, refused)
     if not problems:
         raise DataError(f"No row of {name} could be used: {dict(refused)}. Mend the rows.")
     return problems
@@ -46,7 +46,7 @@ def _rows(config: DataConfig, split: str) -> tuple[str, Iterator[tuple[str, Row]
             raw = hub_rows(HUB_MMLU, "train", "auxiliary_train")
         else:
             raw = hub_rows(HUB_MMLU, "validation", "all")
-        return HUB_MMLU, ((where, lettered(row)) for where, row in raw)
+        return HUB_MMLU, raw
     auxiliary = join(config.root, "mmlu/auxiliary_train.jsonl")
     if exists(auxiliary):
         path = auxiliary if split == "train" else join(config.root, "mmlu/val.jsonl")
@@ -56,8 +56,14 @@ def _rows(config: DataConfig, split: str) -> tuple[str, Iterator[tuple[str, Row]
 
 
 def lettered(row: Row) -> Row:
-    """Return a row of the hub, whose answer is an index, in the schema of `tasks.rows`."""
-    row = row.get("train", row)  # the hub nests the auxiliary rows once more
+    """Return a row as the hub has it, whose answer is an index, in the schema of `tasks.rows`.
+
+    Any other row comes back as it is.
+    """
+    if isinstance(row.get("train"), dict):
+        row = row["train"]  # the hub nests the auxiliary rows once more
+    if "choices" not in row:
+        return row
     answer = row.get("answer")
     return {
         "question": row.get("question"),

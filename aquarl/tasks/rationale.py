@@ -37,12 +37,13 @@ NAMED_AFTER = re.compile(
     rf"(?:is|it\s+is|are|-|=)?\s*{_THE}(?:{_CALLED})[)\]]?){_END}",
     re.IGNORECASE,
 )
-# "... = 45 days. C": a lone letter.
+# "... = 45 days. C", "25/32=D": a lone letter.
 _UNIT = r"(?:days?|hours?|hrs?|years?|min(?:ute)?s?|sec(?:ond)?s?|kmph|km|cm|m|meters?|kg|rs)"
 _CLEARLY = r"(?:hence|so|thus|therefore|is|=\s?>|⇒|∴|-+>)"
 LONE = re.compile(
-    rf"(?:\A|\n|(?<=[.;:,!?)\]])|(?<=[\d%)\]}}])\s+|\b{_UNIT}\s+|(?<=\s)(?={_CLEARLY}\b))"
-    rf"(?P<cut>(?:{_CLEARLY}\s*(?:[,:]\s*)?|=\s)?{_LETTER}){_END}",
+    rf"(?:\A|\n|(?<=[.;:,!?)\]])|(?<=[\d%)\]}}])(?:\s+|(?=\s*=\s*(?-i:[A-E])\W*\Z))"
+    rf"|\b{_UNIT}\s+|(?<=\s)(?={_CLEARLY}\b))"
+    rf"(?P<cut>(?:{_CLEARLY}\s*(?:[,:]\s*)?|=\s|\s*=\s*(?=(?-i:[A-E])))?{_LETTER}){_END}",
     re.IGNORECASE,
 )
 
