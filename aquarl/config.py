@@ -333,7 +333,7 @@ class ClusterConfig(Section):
     place of `rl.engine`, `rollout_cpus` and `rollout_gpus`, which evaluation keeps to. Engines and
     devices differ in the last digits, so such a run is not repeatable bit for bit."""
     max_failures: NonNegativeInt = 3
-    """Restarts of the learner group, and of the stream, without a new checkpoint in between."""
+    """Restarts of the learner group; granted anew, once used up, if a checkpoint came meanwhile."""
     start_timeout_s: PositiveFloat = 180.0
     """How long one try to place the learner group may take, and evaluation's workers to start."""
     threads: PositiveInt = 1

@@ -28,12 +28,27 @@ def get(path: str) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(path) from error
     except Exception as error:  # a bucket can fail in as many ways as there are clients
-        raise StorageError(
-            f"Could not read {path}: {what(error)}. If it is in a bucket, see that this machine "
-            "reaches it and is logged in (gcloud auth application-default login, aws configure); "
-            "else choose another place (a run's is run.dir). Then start the same command again."
-        ) from error
+        raise _unreadable(path, error) from error
     return body
+
+
+def find(folder: str) -> list[str]:
+    """Return the paths of all files below a folder. Raises: StorageError, where nobody can tell."""
+    try:
+        fs, where = fsspec.url_to_fs(folder)
+        fs.invalidate_cache()
+        found: list[str] = fs.find(where)
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+    return found
+
+
+def _unreadable(path: str, error: Exception) -> StorageError:
+    return StorageError(
+        f"Could not read {path}: {what(error)}. If it is in a bucket, see that this machine "
+        "reaches it and is logged in (gcloud auth application-default login, aws configure); "
+        "else choose another place (a run's is run.dir). Then start the same command again."
+    )
 
 
 def put(path: str, body: bytes) -> None:

@@ -102,6 +102,7 @@ class MortalStream(StreamActor):
         scale_to = Path(self._config.run.dir, "scale to")
         if weights.version == FROM_STEP and scale_to.exists():
             await self.scale(int(scale_to.read_text()))
+            scale_to.unlink()
         if weights.version > FROM_STEP:
             die_once(self._config.run.dir, "publishing stream")
 

@@ -62,6 +62,7 @@ def config_of(**settings: object) -> RLConfig:
         "max_staleness": 0,
         "eval_every": 3,
         "save_every": 2,
+        "lr_scale": 1.0,
     }
     return RLConfig(**(plan | settings))
 

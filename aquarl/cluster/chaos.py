@@ -422,7 +422,7 @@ def page(report: dict[str, Any]) -> str:
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     budgets = (
         "The disturbed runs had no budgets (rl.worker_restarts, rl.lease_deaths, "
-        "cluster.max_failures): a run with its own ends when they are used up.\n\n"
+        "cluster.max_failures): a run with its own ends once nothing gets on.\n\n"
     )
     return f"{table}\n{budgets}" + "".join(f"{sentence}\n" for sentence in comparisons(report))
 

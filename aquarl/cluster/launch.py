@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import fsspec
 import ray
 from rich.console import Console
 
@@ -151,8 +152,11 @@ def hired_stream(config: Config, *, wanted: bool) -> Iterator[Any]:
         return
     from aquarl.cluster.stream_actor import StreamActor
 
+    # Its death is a failure of the learners, and counted there.
     stream: Any = (
-        ray.remote(num_cpus=0, max_restarts=-1)(StreamActor)  # each counts as the learners' failure
+        ray.remote(num_cpus=0, max_restarts=-1)(
+            StreamActor
+        )  # in RL each is a failure of the learners
         .options(name="stream", namespace=namespace(config), scheduling_strategy=beside_driver())
         .remote(config)
     )
@@ -211,16 +215,20 @@ def check_engine(config: Config) -> None:
 
 
 def check_evaluation(config: Config, against: str | None) -> None:
-    """Refuse at once what `run_evaluation` could not do, before stages have taken hours.
+    """Refuse at once an evaluation without problems or without the run to compare with, before
+    stages have taken hours.
 
     Raises:
-        AquarlError: There are no problems to evaluate on, or no such run or stage to compare with.
+        AquarlError: There are no problems to evaluate on, or no such run or stage.
     """
     from aquarl.tasks.catalog import problems_to_evaluate
 
     problems_to_evaluate(config)
-    if against is not None:
-        finished_checkpoint(*run_and_stage(against, config.evaluate.stages[-1]))
+    if against is None:
+        return
+    folder, stage = run_and_stage(against, config.evaluate.stages[-1])
+    if fsspec.url_to_fs(folder)[1] != fsspec.url_to_fs(config.run.dir)[1]:  # else it may come yet
+        finished_checkpoint(folder, stage)
 
 
 def check_resources(config: Config, *, with_rollouts: bool, learners: int | None = None) -> None:

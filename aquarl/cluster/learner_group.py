@@ -23,7 +23,14 @@ import torch
 import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    get_context,
+)
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -31,7 +38,7 @@ from torch import nn
 
 from aquarl.cluster.connection import cluster_address
 from aquarl.cluster.meeting import Meeting
-from aquarl.cluster.results import saved_files
+from aquarl.cluster.results import has_saved_since, saved
 from aquarl.config import Config, build_config
 from aquarl.errors import AquarlError, ClusterError
 from aquarl.model.modes import keep_memory
@@ -107,8 +114,8 @@ class Member:
 def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     """Run this on `cluster.learners` workers until all have returned.
 
-    A group that has saved a result or a checkpoint is started again whatever befell it before:
-    `cluster.max_failures` ends what no longer gets on, not what runs for a month.
+    The failures of a group that has saved a result or a checkpoint meanwhile are forgotten once
+    they are too many: `cluster.max_failures` ends what no longer gets on.
 
     Raises:
         AquarlError: What the work itself raised, or that the group could not be kept up.
@@ -126,7 +133,7 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
     storage = f"{config.run.dir}/ray_train"  # Train's own notes, which nobody reads afterwards
     try:
         while True:
-            saved, trainer = saved_files(config), _trainer(config, work, meeting, storage)
+            before, trainer = saved(config), _trainer(config, work, meeting, storage)
             try:
                 returned = trainer.fit().return_value
                 break
@@ -134,7 +141,9 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
                 trainer.abort()
                 raise
             except Exception as error:
-                if saved_files(config) == saved:
+                # Train gives back what its group held, unless its own controller died.
+                is_orderly = isinstance(error, TrainingFailedError) and cluster.max_failures > 0
+                if not (is_orderly and has_saved_since(config, before)):
                     raise _given_up(config, error) from error
     finally:
         remove(storage)
@@ -187,7 +196,7 @@ def _given_up(config: Config, error: Exception) -> ClusterError:
             "nodes, or raise cluster.start_timeout_s."
         )
     return ClusterError(
-        f"The learner group failed {cluster.max_failures + 1} times without getting on to another "
+        f"The learner group failed {cluster.max_failures + 1} times or more without another "
         f"checkpoint and is given up: {_root(error)}. The last checkpoint is whole; start the same "
         "command again to resume. If a worker ran out of memory, lower micro_rows or "
         "rl.micro_prompts."

@@ -9,6 +9,7 @@ to be done twice are in it.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from aquarl.config import Config, to_toml
-from aquarl.errors import AquarlError, CheckpointError, ConfigError
+from aquarl.errors import AquarlError, CheckpointError, ConfigError, StorageError
 from aquarl.records import Metrics
-from aquarl.storage import get, put
+from aquarl.storage import find, get, put
 
 if TYPE_CHECKING:
     from aquarl.model.gpt import GPT
@@ -241,24 +242,32 @@ def settings_kept(config: Config) -> Iterator[None]:
     """
     path = f"{config.run.dir}/config.toml"
     fs, where = fsspec.url_to_fs(path)
-    before, saved = (fs.cat_file(where) if fs.isfile(where) else None), saved_files(config)
+    before, there = (fs.cat_file(where) if fs.isfile(where) else None), saved(config)
     put(path, to_toml(config).encode())
     try:
         yield
     except AquarlError:
-        if saved_files(config) == saved:
+        if not has_saved_since(config, there):
             put(path, before) if before is not None else fs.rm_file(where)
         raise
 
 
-def saved_files(config: Config) -> set[str]:
-    """Return the files of results and checkpoints that there are."""
-    found: set[str] = set()
-    for folder in ("results", "checkpoints"):
-        fs, where = fsspec.url_to_fs(f"{config.run.dir}/{folder}")
-        fs.invalidate_cache()
-        found.update(fs.find(where))
-    return found
+def saved(config: Config) -> set[str]:
+    """Return the results and whole checkpoints that there are, each by a file of it.
+
+    Raises: StorageError.
+    """
+    results, files = (find(f"{config.run.dir}/{folder}") for folder in ("results", "checkpoints"))
+    whole = re.compile(r"/step_\d+/meta\.json$")  # the last file of a checkpoint
+    return {name for name in results if name.endswith(".json")} | set(filter(whole.search, files))
+
+
+def has_saved_since(config: Config, before: set[str]) -> bool:
+    """Return whether there is more than `saved` gave before; where nobody can tell, False."""
+    try:
+        return not saved(config) <= before
+    except StorageError:
+        return False
 
 
 def put_json(path: str, value: Any) -> None:

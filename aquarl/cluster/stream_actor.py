@@ -29,7 +29,7 @@ from aquarl.cluster.rollout_pool import LEASE_WAIT_S, hire, sampler_maker
 from aquarl.cluster.waits import leave_stacks
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.errors import CheckpointError, ClusterError, ConfigError, DataError
+from aquarl.errors import CheckpointError, ClusterError, ConfigError, DataError, StorageError
 from aquarl.model.shape import Shape
 from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
 from aquarl.rl.pool_size import PoolSize
@@ -82,6 +82,7 @@ class StreamActor:
         self._wanted, self._hired, self._replaced = self._size.wanted, 0, 0
         self._scaled = f"{config.run.dir}/scaled.json"
         """What a person decided, for the next stream of this run, should this one die."""
+        self._recall()
         self._gave_at: float | None = None
         """When the learner got its last step."""
         self._wait_share = 0.0
@@ -113,10 +114,6 @@ class StreamActor:
         source = PromptSource(
             splits.train, self._tokenizer, config.run.seed, config.data.permute_options
         )
-        if not ray.get_runtime_context().was_current_actor_reconstructed:
-            remove(self._scaled)  # of a run that was killed
-        with suppress(FileNotFoundError):
-            self._wanted, self._size = json.loads(get(self._scaled))["workers"], None
         self._begun = RolloutStream(source, config.rl)
         self._spawn(self._watch_the_clock())
         await self._resize(self._wanted)
@@ -129,10 +126,22 @@ class StreamActor:
     # The pool.
 
     async def scale(self, workers: int) -> None:
-        """Have this many workers from now on: a person's word, which ends deciding by itself."""
+        """Have this many workers from now on: a person's word, which ends deciding by itself.
+
+        Raises:
+            StorageError: It cannot be kept for a stream that comes after this one.
+        """
+        await asyncio.to_thread(put_json, self._scaled, {"workers": workers})
         self._size = None
         await self._resize(workers)
-        put_json(self._scaled, {"workers": workers})
+
+    def _recall(self) -> None:
+        """Take up what a person decided while the stream lived that this one follows."""
+        if not ray.get_runtime_context().was_current_actor_reconstructed:
+            remove(self._scaled)  # of a run that was killed
+            return
+        with suppress(FileNotFoundError, StorageError):
+            self._wanted, self._size = json.loads(get(self._scaled))["workers"], None
 
     async def _resize(self, workers: int) -> None:
         """Hire what is missing. Surplus workers leave after their lease, or at once if not up."""

@@ -10,9 +10,8 @@ PackedRows     whole conversations, several to a row, kept apart by their docume
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -26,8 +25,8 @@ from aquarl.records import Conversation
 
 IGNORED = -1
 """Target of a position that is not trained."""
-DOCUMENTS_AT_A_TIME = 64
-"""Encoded side by side, on all cores."""
+CHARACTERS_AT_A_TIME = 1 << 20
+"""Of documents that are encoded side by side, on all cores."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,10 @@ class RowSource(Protocol):
 
     context: int
     """T."""
-    cut: int
-    """How many documents of the epoch asked for last are longer than T and lose their end."""
+
+    @property
+    def cut(self) -> int:
+        """How many documents of the epoch asked for last are longer than T and lose their end."""
 
     def rows(self, first: int, count: int) -> Rows:
         """Return rows `first` to `first + count - 1`."""
@@ -79,7 +80,10 @@ def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, path: Path, at_
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
             left = iter(documents)
-            while written < at_most and (batch := list(islice(left, DOCUMENTS_AT_A_TIME))):
+            while written < at_most:
+                batch = _some(left, min(CHARACTERS_AT_A_TIME, at_most - written))
+                if not batch:
+                    break
                 for encoded in tokenizer.encode_batch(batch):
                     ids = [tokenizer.bos, *encoded][: at_most - written]
                     np.asarray(ids, dtype=dtype).tofile(file)
@@ -92,6 +96,17 @@ def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, path: Path, at_
             "Free some space or choose another run.dir, then start the same command again."
         ) from error
     return written
+
+
+def _some(documents: Iterator[str], characters: int) -> list[str]:
+    """Return the next documents, until they have so many characters or there are no more."""
+    taken: list[str] = []
+    for document in documents:
+        taken.append(document)
+        characters -= len(document)
+        if characters <= 0:
+            break
+    return taken
 
 
 def _token_dtype(vocab_size: int) -> np.dtype:
@@ -146,11 +161,18 @@ class PackedRows:
         context: int,
         seed: int,
     ) -> None:
-        self.context, self.seed, self.tokenizer, self.cut = context, seed, tokenizer, 0
+        self.context, self.seed, self.tokenizer = context, seed, tokenizer
+        self._cut = 0
         self._conversations = conversations
         self._rows_before = [0]
         """For each epoch packed so far, and the next, how many rows came before it."""
         self._newest: tuple[int, Rows] | None = None
+
+    @property
+    def cut(self) -> int:
+        if self._newest is None:
+            self._pack(0)
+        return self._cut
 
     def rows(self, first: int, count: int) -> Rows:
         parts = []
@@ -179,7 +201,7 @@ class PackedRows:
         return self._newest[1]
 
     def _packed(self, epoch: int) -> Rows:
-        self.cut = 0
+        self._cut = 0
         encoded = [self._encode(c) for c in self._conversations(epoch)]
         if not encoded:
             raise DataError("There is nothing to train on: the stage's data is empty.")
@@ -194,7 +216,7 @@ class PackedRows:
     def _encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Return inputs and targets, one position apart."""
         ids, is_learned = self.tokenizer.render_conversation(conversation)
-        self.cut += len(ids) > self.context + 1
+        self._cut += len(ids) > self.context + 1
         ids, is_learned = ids[: self.context + 1], is_learned[: self.context + 1]
         targets = [i if learn else IGNORED for i, learn in zip(ids, is_learned, strict=True)]
         return ids[:-1], targets[1:]

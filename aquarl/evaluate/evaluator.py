@@ -280,14 +280,14 @@ def _measured(
     }
 
 
-def _passed(chances: Sequence[float], sets: int) -> dict[str, float]:
+def _passed(chances: Sequence[float], sets: int) -> dict[str, Any]:
     """Return the mean chance over problems that one of k answers is right, and its interval.
 
     Args:
         sets: How many sets of k answers each chance was seen in that share no answer.
     """
     low, high = clustered_interval(chances, sets)
-    return {"accuracy": _mean(chances), "low": low, "high": high}
+    return {"n": len(chances), "accuracy": _mean(chances), "low": low, "high": high}
 
 
 def _content(problem: Problem, letter: str | None) -> str | None:

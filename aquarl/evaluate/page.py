@@ -219,9 +219,11 @@ def _how_it_was_measured(evaluation: dict[str, Any]) -> list[str]:
     ]
 
 
-def _interval(measured: dict[str, Any]) -> str:
+def _interval(measured: dict[str, Any] | float) -> str:
     if not measured:
         return "-"
+    if isinstance(measured, float):  # pass@k as it was kept before it had an interval
+        return _percent(measured)
     low, high = 100 * measured["low"], 100 * measured["high"]
     return f"{_percent(measured['accuracy'])} [{low:.1f}, {high:.1f}]"
 
