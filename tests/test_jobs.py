@@ -135,7 +135,7 @@ def head() -> Iterator[Head]:
     finally:
         process.terminate()  # `ray start --block` ends what it started, mostly
         with suppress(subprocess.TimeoutExpired):
-            process.wait(8)
+            process.wait(2)
         for left in processes(str(folder)):
             with suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
