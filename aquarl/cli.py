@@ -256,6 +256,7 @@ EXTRA_ARGUMENTS: dict[str, tuple[tuple[str, dict[str, object]], ...]] = {
         ("--threads", {"type": _count, "default": 1}),
         ("--workers", {"type": _count, "default": 2, "help": "of sync, ray and workers"}),
         ("--device", {"choices": ("cpu", "cuda"), "default": "cpu"}),
+        ("--compile", {"choices": ("auto", "on", "off"), "default": "auto", "help": "of sft"}),
         ("--repeats", {"type": _count, "default": 5, "help": "after one that does not count"}),
         ("--seed", {"type": int, "default": 0}),
         ("--json", {"action": "store_true", "help": "print one JSON object a line"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from aquarl.config import SupervisedConfig
 from aquarl.data.batches import IGNORED, PackedRows, Rows, RowSource
+from aquarl.errors import ConfigError
 from aquarl.model.gpt import GPT
+from aquarl.model.modes import compile_policy
 from aquarl.model.shape import Shape
 from aquarl.records import Conversation, Message, Metrics
 from aquarl.train.loop import NextTokenLoss, SupervisedTrainer, train_stage
@@ -56,6 +59,27 @@ def trainer(
         rank,
         world,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_a_compiled_policy_has_the_same_gradients() -> None:
+    plain, made = trainer(), trainer()
+    compile_policy(made.model, "on")
+    expected = gradients(plain)
+    assert any(grad.abs().max() > 0.01 for grad in expected.values())
+    torch.testing.assert_close(gradients(made), expected, rtol=1e-4, atol=1e-5)
+    assert made.validate() == pytest.approx(plain.validate(), rel=1e-5)
+    assert not torch._dynamo.utils.counters["graph_break"], "it is compiled in one piece"
+
+
+def test_a_policy_cannot_be_compiled_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"apt-get install g\+\+"):
+        compile_policy(random_model(TOKENIZER.vocab_size, context=CONTEXT), "on")
 
 
 def gradients(made: SupervisedTrainer) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from aquarl.data.tokenizer import Tokenizer
 from aquarl.engines.torch_engine import TorchSampler
 from aquarl.engines.vllm_engine import VllmSampler
 from aquarl.model.flat_weights import flatten
+from aquarl.model.modes import compile_policy
 from aquarl.records import Lease, Sampler
 from aquarl.rl.learner import Learner
 from aquarl.rl.rewards import scored_groups
@@ -90,7 +91,9 @@ def sft(work: Work, machine: Machine, device: str, engine: str) -> Piece:
     config = SupervisedConfig(batch_tokens=positions, micro_rows=work.rows)
     rows = _RandomRows(work)
     words = Tokenizer.train(["bench"], vocab_size=265)
-    trainer = SupervisedTrainer(work.model().to(device), config, rows, rows, words)
+    model = work.model().to(device)
+    compile_policy(model, work.compile)
+    trainer = SupervisedTrainer(model, config, rows, rows, words)
     return Piece(trainer.update, tokens=positions, floor_s=floor.supervised(work, machine))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 
@@ -43,6 +44,8 @@ class Work:
     """B and T of the supervised step."""
     problems: str | None = None
     """A file of problems, in any shape that `data.task` takes; generated ones without it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Of the supervised step, as `cluster.compile` has it."""
     seed: int = 0
 
     @cached_property

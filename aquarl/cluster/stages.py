@@ -42,6 +42,7 @@ from aquarl.model.checkpoint import (
     stage_folder,
 )
 from aquarl.model.gpt import GPT
+from aquarl.model.modes import compile_policy
 from aquarl.model.shape import Shape
 from aquarl.observe.ledger import Ledger
 from aquarl.observe.transcripts import write_transcripts
@@ -104,11 +105,12 @@ def _supervised_stage(
         model = GPT(Shape.of(config.model, tokenizer.vocab_size)).init_weights(config.run.seed)
     else:
         model = finished_policy(config.run.dir, COMES_FROM[stage], tokenizer.fingerprint)
+    compile_policy(model.to(member.device), config.cluster.compile)
     if then_rl and member.rank == 0:
         post.stream.begin.remote(model.shape)  # the rollout workers start while this stage trains
     train, validation, refused = _rows(post, stage, tokenizer)
     trainer = SupervisedTrainer(
-        model.to(member.device),
+        model,
         getattr(config, stage),
         train,
         validation,

@@ -28,6 +28,10 @@ ROPE_BASE = 10_000.0
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last axis, without parameters."""
+    if torch.compiler.is_compiling():  # it joins these with what is around them
+        wide = torch.promote_types(x.dtype, torch.float32)
+        eps = torch.finfo(wide).eps
+        return F.rms_norm(x.to(wide), (x.shape[-1],), eps=eps).to(x.dtype)
     return _Norm.apply(x)
 
 
@@ -46,8 +50,13 @@ def rotate(pairs: Tensor, turns: Tensor) -> Tensor:
 
     Args:
         pairs: (..., H, K), interleaved.
-        turns: (..., 1, K / 2) complex, in at least the precision of x; the result has theirs.
+        turns: (..., 1, K / 2) complex, in at least the precision of x; the result has theirs. As
+            real pairs, (..., 1, K / 2, 2), while a compiler looks on: none knows complex numbers.
     """
+    if not turns.is_complex():
+        a, b = pairs.to(turns.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = turns.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
     x = pairs.to(turns.dtype.to_real()).unflatten(-1, (-1, 2))
     return torch.view_as_real(torch.view_as_complex(x) * turns).flatten(-2)
 
@@ -117,7 +126,9 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * shape.width, shape.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.c_proj(_SquaredReLU.apply(self.c_fc(x_BTD)))
+        x = self.c_fc(x_BTD)
+        squared = x.relu().square() if torch.compiler.is_compiling() else _SquaredReLU.apply(x)
+        return self.c_proj(squared)
 
 
 class Block(nn.Module):
@@ -197,9 +208,10 @@ class GPT(nn.Module):
             attend: One of `attention.py`'s four.
             positions_BT: (B, T) int64 places in the sequence; 0..T-1 without it.
         """
-        turns = torch.view_as_complex(self.turns)
-        turns = turns[: ids_BT.shape[1]] if positions_BT is None else turns[positions_BT]
-        turns = turns.unsqueeze(-2)  # the same for all heads
+        turns = self.turns[: ids_BT.shape[1]] if positions_BT is None else self.turns[positions_BT]
+        turns = turns.unsqueeze(-3)  # the same for all heads
+        if not torch.compiler.is_compiling():
+            turns = torch.view_as_complex(turns)
         x_BTD = norm(self.transformer.wte(ids_BT))
         for block in self.transformer.h:
             x_BTD = block(x_BTD, turns, attend)

@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from aquarl.errors import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Names of <malloc.h>."""
@@ -21,6 +26,30 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "cuda":
         return torch.autocast("cuda", torch.bfloat16)
     return nullcontext()
+
+
+def compile_policy(model: nn.Module, wanted: Literal["auto", "on", "off"]) -> None:
+    """Have a module's forward pass compiled, at its first call for each shape of rows, if wanted.
+
+    Raises:
+        ConfigError: "on", but there is no compiler of C++ to build what comes of it.
+    """
+    is_cuda = next(model.parameters()).is_cuda
+    if wanted == "off" or (wanted == "auto" and not is_cuda):
+        return
+    names = (os.environ.get("CC" if is_cuda else "CXX"), *(("cc", "gcc") if is_cuda else ("g++",)))
+    if any(name and shutil.which(name) for name in (*names, "clang")):
+        model.compile(dynamic=False)
+    elif wanted == "on":
+        raise ConfigError(
+            "cluster.compile=on needs a C++ compiler on each learner's machine, and there is none. "
+            "Install one (Debian, Ubuntu: apt-get install g++), or set cluster.compile=auto."
+        )
+    else:
+        logging.getLogger(__name__).warning(
+            "There is no C compiler, so the policy is not compiled and trains slower. "
+            "Install one (Debian, Ubuntu: apt-get install gcc)."
+        )
 
 
 def accumulating(module: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
