@@ -315,6 +315,9 @@ class RolloutKind(Section):
     gpus: NonNegativeFloat = 0.0
 
 
+Compile = Literal["auto", "on", "off"]
+
+
 class ClusterConfig(Section):
     """What Ray is asked for."""
 
@@ -338,7 +341,7 @@ class ClusterConfig(Section):
     """How long one try to place the learner group may take, and evaluation's workers to start."""
     threads: PositiveInt = 1
     """CPU threads of each learner and rollout worker."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Compile = "auto"
     """Whether `torch.compile` makes the policy of base, mid and SFT faster, after a minute or so of
     its own: on GPUs where there is a C compiler, or always, or never. RL's rows, each batch of
     another length, are never compiled for."""

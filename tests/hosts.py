@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.conftest import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("ip", "mount", "nsenter", "unshare")
 UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -72,7 +74,7 @@ class Host:
         spaces = (*AS_ROOT, "--net", "--mount", "--pid", f"--wd={ROOT}")
         return ["nsenter", f"--target={self.init}", *spaces, "--", *command]
 
-    def call(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def call(self, *command: str, timeout: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.entering(*command),
             cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout,

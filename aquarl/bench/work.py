@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 
-from aquarl.config import DataConfig, RLConfig
+from aquarl.config import Compile, DataConfig, RLConfig
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import ConfigError, DataError
 from aquarl.model.gpt import GPT
@@ -44,7 +43,7 @@ class Work:
     """B and T of the supervised step."""
     problems: str | None = None
     """A file of problems, in any shape that `data.task` takes; generated ones without it."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Compile = "auto"
     """Of the supervised step, as `cluster.compile` has it."""
     seed: int = 0
 

@@ -152,11 +152,9 @@ def hired_stream(config: Config, *, wanted: bool) -> Iterator[Any]:
         return
     from aquarl.cluster.stream_actor import StreamActor
 
-    # Its death is a failure of the learners, and counted there.
+    # In RL its death is a failure of the learners, and counted there.
     stream: Any = (
-        ray.remote(num_cpus=0, max_restarts=-1)(
-            StreamActor
-        )  # in RL each is a failure of the learners
+        ray.remote(num_cpus=0, max_restarts=-1)(StreamActor)
         .options(name="stream", namespace=namespace(config), scheduling_strategy=beside_driver())
         .remote(config)
     )

@@ -10,11 +10,12 @@ import logging
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from aquarl.config import Compile
 from aquarl.errors import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -28,7 +29,7 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def compile_policy(model: nn.Module, wanted: Literal["auto", "on", "off"]) -> None:
+def compile_policy(model: nn.Module, wanted: Compile) -> None:
     """Have a module's forward pass compiled, at its first call for each shape of rows, if wanted.
 
     Raises:
