@@ -252,6 +252,10 @@ EXTRA_ARGUMENTS: dict[str, tuple[tuple[str, dict[str, object]], ...]] = {
         ("--max-new", {"type": _count, "default": 64, "help": "tokens of each answer"}),
         ("--rows", {"type": _count, "default": 32, "help": "of a supervised step"}),
         ("--context", {"type": _count, "default": 256, "help": "tokens of such a row"}),
+        (
+            "--micro-prompts",
+            {"type": _count, "default": 4, "help": "that a learner takes at once"},
+        ),
         ("--problems", {"metavar": "FILE", "help": "as data.task; generated ones without it"}),
         ("--threads", {"type": _count, "default": 1}),
         ("--workers", {"type": _count, "default": 2, "help": "of sync, ray and workers"}),

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # Before Ray or torch are imported; workers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before Triton is: without a GPU, kernels are interpreted.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell that starts this in the background has it ignore Ctrl-C, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

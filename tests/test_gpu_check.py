@@ -29,7 +29,7 @@ def test_it_checks_measures_and_writes_both_files(gpu_check: Any, tmp_path: Path
     assert {line["bench"] for line in result["bench"]} == {"rollouts", "learner", "step", "sft"}
     assert len(result["profile"]) == 10 and result["left_out"] == []
     page = out.with_suffix(".md").read_text()
-    assert page.count("| holds |") == 3 and "tokens per CPU second" in page
+    assert page.count("| holds |") == 4 and "tokens per CPU second" in page
 
 
 def test_what_is_wrong_is_said_and_what_is_late_is_named(

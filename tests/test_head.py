@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aquarl.model import head
+from aquarl.model import fused, head
 from aquarl.model.gpt import GPT
 from aquarl.model.head import token_logprobs
 from tests.fakes import random_ids, random_model
@@ -68,3 +68,24 @@ def test_under_autocast_weights_stay_fp32_and_so_does_their_gradient() -> None:
     logprobs_N.sum().backward()
     grad = model.lm_head.weight.grad
     assert grad is not None and grad.dtype == torch.float32 and grad.norm() > 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_gpus_kernels_give_what_a_cpus_operations_give(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "WORDS_AT_ONCE", 16)  # so that a row has several parts
+    found = []
+    for chunk in (head._FusedChunk, head._Chunk):
+        monkeypatch.setattr(head, "_chunk", chunk)
+        for kept in (1 << 20, 0):
+            monkeypatch.setattr(head, "KEPT_BYTES", kept)
+            model, hidden_ND, ids_N = inputs(torch.float32)
+            few = slice(5)  # an interpreted kernel takes some milliseconds a row
+            logprobs_N, entropy_N = token_logprobs(model, hidden_ND[few], ids_N[few], temperature)
+            (logprobs_N * torch.arange(1.0, 6.0)).sum().backward()
+            grads = hidden_ND.grad, model.lm_head.weight.grad
+            found.append((logprobs_N, entropy_N, *grads))
+    for other in found[1:]:
+        for ours, theirs in zip(found[0], other, strict=True):
+            torch.testing.assert_close(ours, theirs)

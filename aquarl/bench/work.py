@@ -41,6 +41,8 @@ class Work:
     rows: int = 32
     context: int = 256
     """B and T of the supervised step."""
+    micro_prompts: int = 4
+    """What a learner takes at once: more is faster where there is room for it, on a GPU."""
     problems: str | None = None
     """A file of problems, in any shape that `data.task` takes; generated ones without it."""
     compile: Compile = "auto"
@@ -122,7 +124,7 @@ class Work:
             prompts_per_step=self.prompts,
             prompts_per_lease=self.prompts,
             rollouts_per_prompt=self.samples,
-            micro_prompts=4,
+            micro_prompts=self.micro_prompts,
             max_new_tokens=self.max_new,
         )
 

@@ -109,8 +109,6 @@ class Decoding:
         self.cache: list[list[KeysValues]] = [[] for _ in decoder.layers]
         """The blocks of each layer, all full but the last."""
 
-    # What `graphs.py` does otherwise: room, where the next position's angles are, the appending.
-
     def _empty(self, room: int) -> KeysValues:
         """Return room for keys (P, J, G, room, K) and for values and ones (P, J, G, room, W)."""
         J, K = self.decoder.shape.kv_heads, self.decoder.shape.head_width
@@ -123,9 +121,6 @@ class Decoding:
         if self.length % BLOCK == 0:
             for blocks in self.cache:
                 blocks.append(self._empty(min(BLOCK, self.room - self.length)))
-
-    def _turns_PK(self) -> Tensor:
-        return self.turns_TPK[self.length]
 
     def _remember(
         self, number: int, k_PGJK: Tensor, v_PGJK: Tensor, turns_P11K: Tensor
@@ -158,7 +153,7 @@ class Decoding:
         """Return normalised hidden states (B, D) after one more token in each row."""
         self._make_room()
         x_BD = self.decoder.embedding_VD.index_select(0, ids_B)
-        turns_P11K = self._turns_PK()[:, None, None]
+        turns_P11K = self.turns_TPK[self.length][:, None, None]
         for number, layer in enumerate(self.decoder.layers):
             y_BD = self._attend(number, _normed(x_BD) @ layer.qkv_XD.T, turns_P11K)
             x_BD = torch.addmm(x_BD, y_BD, layer.out_DD.T)

@@ -17,6 +17,11 @@ TOKENS_TOGETHER = 32
 """Where a token is drawn from: first among sums over so many, then among these."""
 
 
+def is_inverted(sampling: Sampling) -> bool:
+    """Whether a token is drawn by inverting the distribution of all tokens as they are."""
+    return not sampling.top_k and sampling.temperature >= COLDEST
+
+
 def draw(squashed_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Return one id a row and its log-probability in the distribution it was drawn from.
 
@@ -26,7 +31,7 @@ def draw(squashed_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[T
         uniforms_B: (B,) in [0, 1).
         sampling: Temperature 0 takes the likeliest token and gives its logprob at temperature 1.
     """
-    if sampling.top_k or sampling.temperature < COLDEST:
+    if not is_inverted(sampling):
         return draw_from_any((2 * squashed_BV - 1) * SOFT_CAP, uniforms_B, sampling)
     # Capped as they are, no maximum has to be taken off the logits before.
     cap = SOFT_CAP / sampling.temperature

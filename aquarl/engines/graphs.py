@@ -2,14 +2,14 @@
 
 On a GPU a token of a small policy is hundreds of kernels of a few microseconds each, and telling
 the GPU of each takes longer than running it. A CUDA graph tells it of all at once, drawing and
-recording included, if no shape changes and nothing is decided on the way. So here the number of the
-step is a tensor, the cache has its full room from the start, and what is not written yet has
-values, and ones, of zero, which add nothing to any sum.
+noting included, if no shape changes and nothing is decided on the way. So here the number of the
+step is a tensor, the cache has its full room from the start, and kernels of our own (`kernels.py`)
+read of it what is in use.
 
-Sizes are rounded up, to few different ones, each recorded once. The very same code runs without
-recording on a CPU, where it is slower than the usual way: that is how it is tested.
+Prompts and their lengths are rounded up, to few different sizes, each recorded once. The same code
+runs without recording in Triton's interpreter, on any CPU: that is how it is tested.
 
-Shapes: see `decoder.py`.
+Shapes: see `decoder.py`; C groups of tokens.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aquarl.engines.decoder import Decoder, Decoding, KeysValues, SharedPrompts, turn
-from aquarl.engines.drawing import draw
+from aquarl.engines import kernels
+from aquarl.engines.decoder import Decoder
+from aquarl.engines.drawing import draw_from_any, is_inverted
 from aquarl.model.attention import Prefix
+from aquarl.model.gpt import norm
 from aquarl.records import Sampling
 
-PROMPT_STEP, SPAN_STEP = 64, 64
-"""Lengths of prompts, and of what is read of the answers' cache, are multiples of these."""
+PROMPT_STEP = 64
+"""Lengths of prompts are multiples of this."""
 WARM_UPS = 2
 """Before recording: libraries set themselves up in their first calls."""
 
@@ -52,114 +54,120 @@ class Form(NamedTuple):
         )
 
 
-class StaticDecoding(Decoding):
-    """A `Decoding` whose step changes numbers, and no shape or place."""
-
-    def __init__(self, decoder: Decoder, prefix: Prefix, G: int, room: int) -> None:
-        super().__init__(decoder, [prefix], G, room)
-        self.cache = [[self._empty(room)] for _ in decoder.layers]
-        self.step_1 = torch.zeros(1, dtype=torch.long, device=prefix.lengths_P.device)
-        """Positions of the answers that are in the cache already."""
-        self.span = room
-        """Positions of the cache that are read: those written, or some more."""
-
-    def restart(self, prefix: Prefix) -> None:
-        """Begin anew behind other prompts, in the places of the old ones."""
-        self.turns_TPK.copy_(self.decoder.turns_after(prefix.lengths_P, self.room))
-        (old,), new = self.prompts, SharedPrompts(prefix)
-        for to, source in zip(old.keys + old.values, new.keys + new.values, strict=True):
-            to.copy_(source)
-        self.clear()
-
-    def clear(self) -> None:
-        self.step_1.zero_()
-        for blocks in self.cache:
-            for keys, values in blocks:
-                keys.zero_()
-                values.zero_()
-
-    def _make_room(self) -> None:
-        pass
-
-    def _turns_PK(self) -> Tensor:
-        return self.turns_TPK.index_select(0, self.step_1)[0]
-
-    def _remember(
-        self, number: int, k_PGJK: Tensor, v_PGJK: Tensor, turns_P11K: Tensor
-    ) -> list[KeysValues]:
-        [(keys, values)] = self.cache[number]
-        k_PJG1K = torch.empty_like(keys[:, :, :, :1])
-        v_PJG1W = torch.ones_like(values[:, :, :, :1])
-        turn(k_PGJK, turns_P11K, k_PJG1K[:, :, :, 0].transpose(1, 2))
-        v_PJG1W[:, :, :, 0, :-1] = v_PGJK.transpose(1, 2)
-        keys.index_copy_(3, self.step_1, k_PJG1K)
-        values.index_copy_(3, self.step_1, v_PJG1W)
-        return [(keys.flatten(0, 2)[:, : self.span], values.flatten(0, 2)[:, : self.span])]
-
-
 class StaticBatch:
-    """All tensors of a form, and its recordings: one for each span of the cache.
+    """All tensors of a form, and its recording.
 
     Use: `begin`, then `token` as often as tokens are wanted, `sampling.max_new_tokens` at most.
     """
 
-    def __init__(self, decoder: Decoder, form: Form, prefix: Prefix) -> None:
+    def __init__(self, decoder: Decoder, form: Form) -> None:
         self.decoder, self.form = decoder, form
-        B, T = form.prompts * form.answers, form.sampling.max_new_tokens
-        device = prefix.lengths_P.device
-        self.answers = StaticDecoding(decoder, prefix, form.answers, room=T)
+        shape, weight_VD = decoder.shape, decoder.embedding_VD
+        P, G, T = form.prompts, form.answers, form.sampling.max_new_tokens
+        B, J, K = P * G, shape.kv_heads, shape.head_width
+        device = weight_VD.device
+        self.lengths_P = torch.ones(P, dtype=torch.long, device=device)
+        self.caches = [
+            kernels.Cache(
+                *(weight_VD.new_empty(P, J, form.length, K) for _ in range(2)),
+                *(weight_VD.new_empty(P, J, G, T, K) for _ in range(2)),
+            )
+            for _ in decoder.layers
+        ]
+        self.x_BD = weight_VD.new_zeros(B, shape.width)
+        self.found_BD = torch.empty_like(self.x_BD)
+        self.logits_BV = weight_VD.new_zeros(B, shape.vocab)
+        """The head's product, not capped, with `x_BD`, which is not normalised."""
+        self.sums_BC = torch.empty(B, -(-shape.vocab // kernels.TOGETHER), device=device)
         self.uniforms_TB = torch.zeros(T, B, device=device)
         self.ids_TB = torch.zeros(T, B, dtype=torch.long, device=device)
         self.logprobs_TB = torch.zeros(T, B, device=device)
-        self.squashed_BV = torch.full((B, decoder.shape.vocab), 0.5, device=device)
-        self.made = 0
+        self.step_1 = torch.zeros(1, dtype=torch.long, device=device)
         """Tokens of each row so far."""
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            for span in range(SPAN_STEP, T + SPAN_STEP, SPAN_STEP):
-                self._record(min(span, T))
+            self._record()
 
     def begin(self, prefix: Prefix, last_hidden_PD: Tensor, uniforms_TB: Tensor) -> None:
         """Take new prompts, as many as the form has, and what chance there is to be."""
-        self.answers.restart(prefix)
-        squashed_PV = self.decoder.squashed(last_hidden_PD)
-        self.squashed_BV.copy_(squashed_PV.repeat_interleave(self.form.answers, dim=0))
+        self.lengths_P.copy_(prefix.lengths_P)
+        for cache, (keys, values) in zip(self.caches, prefix.keys_values, strict=True):
+            cache.prompt_keys.copy_(keys)
+            cache.prompt_values.copy_(values)
+        self.x_BD.copy_(last_hidden_PD.repeat_interleave(self.form.answers, dim=0))
+        torch.mm(self.x_BD, self.decoder.model.lm_head.weight.T, out=self.logits_BV)
         self.uniforms_TB.copy_(uniforms_TB)
-        self.made = 0
+        self.step_1.zero_()
 
     def token(self) -> None:
         """Draw one more token for every row, note it, and compute what comes after it."""
-        T = self.form.sampling.max_new_tokens
-        span = min(-(-(self.made + 1) // SPAN_STEP) * SPAN_STEP, T)
-        if span in self._graphs:
-            self._graphs[span].replay()
+        if self._graph is not None:
+            self._graph.replay()
         else:
-            self._token(span)
-        self.made += 1
+            self._token()
 
-    def _token(self, span: int) -> None:
-        step_1, self.answers.span = self.answers.step_1, span
-        uniforms_B = self.uniforms_TB.index_select(0, step_1)[0]
-        ids_B, logprobs_B = draw(self.squashed_BV, uniforms_B, self.form.sampling)
-        self.ids_TB.index_copy_(0, step_1, ids_B[None])
-        self.logprobs_TB.index_copy_(0, step_1, logprobs_B[None])
-        self.squashed_BV.copy_(self.decoder.squashed(self.answers.step(ids_B)))
-        step_1.add_(1)
+    def _token(self) -> None:
+        if is_inverted(self.form.sampling):
+            self._choose()
+        else:
+            self._choose_from_all()
+        decoder, x_BD = self.decoder, self.x_BD
+        for layer, cache in zip(decoder.layers, self.caches, strict=True):
+            kernels.attend(
+                x_BD @ layer.qkv_XD.T,
+                x_BD,
+                cache,
+                self.lengths_P,
+                self.step_1,
+                decoder.model.turns,
+                decoder.shape,
+                self.found_BD,
+            )
+            x_BD.addmm_(self.found_BD, layer.out_DD.T)
+            wide_BF = x_BD @ layer.wide_FD.T
+            kernels.squared_relu(wide_BF, x_BD)
+            x_BD.addmm_(wide_BF, layer.narrow_DF.T)
+        torch.mm(x_BD, decoder.model.lm_head.weight.T, out=self.logits_BV)
+        self.step_1.add_(1)
 
-    def _record(self, span: int) -> None:
-        """Record a token. What the warm-ups leave behind, `begin` clears."""
+    def _choose(self) -> None:
+        temperature = self.form.sampling.temperature
+        kernels.group_sums(self.logits_BV, self.x_BD, temperature, self.sums_BC)
+        kernels.choose(
+            self.logits_BV,
+            self.x_BD,
+            self.sums_BC,
+            self.uniforms_TB,
+            self.step_1,
+            temperature,
+            self.decoder.embedding_VD,
+            self.ids_TB,
+            self.logprobs_TB,
+        )
+
+    def _choose_from_all(self) -> None:
+        """The seldom ways, evaluation's mostly: in torch's own operations."""
+        hidden_BD = norm(self.x_BD)
+        logits_BV = self.decoder.model.logits(hidden_BD)
+        uniforms_B = self.uniforms_TB.index_select(0, self.step_1)[0]
+        ids_B, logprobs_B = draw_from_any(logits_BV, uniforms_B, self.form.sampling)
+        self.ids_TB.index_copy_(0, self.step_1, ids_B[None])
+        self.logprobs_TB.index_copy_(0, self.step_1, logprobs_B[None])
+        self.x_BD.copy_(self.decoder.embedding_VD.index_select(0, ids_B))
+
+    def _record(self) -> None:
+        """Record a token. What the warm-ups leave behind, `begin` and the kernels overwrite."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
-                self.answers.clear()
-                self._token(span)
+                self.step_1.zero_()
+                self._token()
         torch.cuda.current_stream().wait_stream(side)
-        self.answers.clear()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._token(span)
-        self._graphs[span] = graph
+        self.step_1.zero_()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._token()
 
 
 def padded(rows: Sequence[Sequence[int]], form: Form) -> list[list[int]]:

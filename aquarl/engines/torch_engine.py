@@ -13,6 +13,7 @@ drawn from what the mixture gives, and its log-probability and weights version s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,15 @@ from torch import Tensor
 
 from aquarl.engines.decoder import Decoder, Decoding
 from aquarl.engines.drawing import draw
-from aquarl.engines.graphs import Form, StaticBatch, padded
 from aquarl.errors import ConfigError
 from aquarl.model.attention import Prefix
 from aquarl.model.flat_weights import load_flat
 from aquarl.model.gpt import GPT
+from aquarl.model.modes import has_triton
 from aquarl.records import Prompt, Rollout, Sampling, Weights
+
+if TYPE_CHECKING:  # what they are made of, Triton, comes with torch for GPUs alone
+    from aquarl.engines.graphs import Form, StaticBatch
 
 LOOK_EVERY = 8
 """Tokens between two looks at which rows are finished. On a GPU each look is a wait."""
@@ -48,7 +52,7 @@ class TorchSampler:
         stop_id: The token that ends an answer.
         dtype: bf16 on a GPU and fp32 elsewhere, unless it is said.
         is_static: Tensors keep their shapes, which on a GPU are recorded as CUDA graphs
-            (`graphs.py`); so on a GPU and not elsewhere, unless it is said.
+            (`graphs.py`); so on a GPU, if Triton is there, and not elsewhere, unless it is said.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class TorchSampler:
     ) -> None:
         is_gpu = device.startswith("cuda")
         dtype = dtype or (torch.bfloat16 if is_gpu else torch.float32)
-        self._is_static = is_gpu if is_static is None else is_static
+        self._is_static = is_gpu and can_be_static(model) if is_static is None else is_static
         self._static: dict[Form, StaticBatch] = {}
         self.model = model.to(device).in_precision(dtype).eval().requires_grad_(False)
         self.decoder = Decoder(self.model)
@@ -119,6 +123,8 @@ class TorchSampler:
         batch: _Batch,
     ) -> None:
         """As `_sample`, with finished rows going on unheard until all are."""
+        from aquarl.engines.graphs import Form, StaticBatch, padded
+
         form = Form.holding(rows, batch.G, sampling)
         ids_PT, lengths_P = pad(padded(rows, form), self.device, form.length)
         prefix = Prefix(lengths_P)
@@ -127,7 +133,7 @@ class TorchSampler:
         if (static := self._static.pop(form, None)) is None:
             while len(self._static) >= FORMS_KEPT:  # the one that was used least lately
                 del self._static[next(iter(self._static))]
-            static = StaticBatch(self.decoder, form, prefix)
+            static = StaticBatch(self.decoder, form)
         self._static[form] = static
         real = batch.rows_B
         missing = form.prompts * batch.G - len(real)
@@ -137,9 +143,12 @@ class TorchSampler:
             if (weights := self.newer_weights()) is not None:
                 self.load_weights(weights)  # `token` draws from what the old ones computed
             static.token()
-            batch.record(static.ids_TB[t, real], static.logprobs_TB[t, real], drawn_from)
-            if t % LOOK_EVERY == 0 and batch.is_done:
-                break
+            batch.versions_T.append(drawn_from)
+            is_last = t == len(uniforms_TB) - 1
+            if is_last or t % LOOK_EVERY == 0:
+                batch.ids_TB, batch.logprobs_TB = static.ids_TB[:, real], static.logprobs_TB[:, real]
+                if is_last or batch.is_done:
+                    break
 
     @torch.inference_mode()
     def letter_logprobs(
@@ -169,6 +178,12 @@ class TorchSampler:
                 f"{room} positions of a model with model.context={self.model.shape.context}. "
                 "Lower max_new_tokens, or leave such problems out."
             )
+
+
+def can_be_static(model: GPT) -> bool:
+    """Whether the kernels of `graphs.py` are there, and made for such heads."""
+    K = model.shape.head_width
+    return has_triton() and K & (K - 1) == 0
 
 
 class _Batch:

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from aquarl.model.gpt import GPT, SOFT_CAP
+from aquarl.model.modes import has_triton
 
-CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
-"""Room for the fp32 logits of one chunk: about what a core's own cache holds."""
+CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 30}
+"""Room for the fp32 logits of one chunk: about what a core's own cache holds; on a GPU so many that
+its products are large ones."""
 
 KEPT_BYTES = 1 << 28
 """Of slopes, at most."""
@@ -66,7 +68,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if any(ctx.needs_input_grad) and N * V * weight_VD.element_size() <= KEPT_BYTES:
             slopes_NV, hidden_slopes_ND = hidden_ND.new_empty(N, V), torch.empty_like(hidden_ND)
         for rows in _chunks(N, weight_VD):
-            chunk = _Chunk(hidden_ND[rows], weight_VD, ids_N[rows], temperature)
+            chunk = _chunk(hidden_ND[rows], weight_VD, ids_N[rows], temperature)
             logprobs_N[rows], entropy_N[rows] = chunk.logprobs_C, chunk.entropy_C()
             if slopes_NV is not None and hidden_slopes_ND is not None:
                 slopes_NV[rows] = chunk.slopes_CV()
@@ -87,11 +89,37 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_grad_ND = torch.empty_like(hidden_ND)
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=grads_N1.dtype)
         for rows in _chunks(len(ids_N), weight_VD):
-            chunk = _Chunk(hidden_ND[rows], weight_VD, ids_N[rows], ctx.temperature)
+            chunk = _chunk(hidden_ND[rows], weight_VD, ids_N[rows], ctx.temperature)
             slopes_CV = chunk.slopes_CV().to(weight_VD.dtype)
             torch.mm(slopes_CV, weight_VD, out=hidden_grad_ND[rows])
             _add_product(weight_grad_VD, slopes_CV.T, scaled_ND[rows])
         return hidden_grad_ND.mul_(grads_N1), weight_grad_VD.to(weight_VD.dtype), None, None
+
+
+def _chunk(
+    hidden_CD: Tensor, weight_VD: Tensor, ids_C: Tensor, temperature: float
+) -> _Chunk | _FusedChunk:
+    is_fused = hidden_CD.is_cuda and hidden_CD.dtype == torch.bfloat16 and has_triton()
+    return (_FusedChunk if is_fused else _Chunk)(hidden_CD, weight_VD, ids_C, temperature)
+
+
+class _FusedChunk:
+    """`_Chunk` in two kernels. Of the logits, bf16 is kept, for as long as this is."""
+
+    def __init__(self, hidden_CD: Tensor, weight_VD: Tensor, ids_C: Tensor, temperature: float):
+        from aquarl.model import fused
+
+        self._fused, self.ids_C, self.temperature = fused, ids_C, temperature
+        self._raw_CV, self._cap = squashed_logits(hidden_CD, weight_VD), SOFT_CAP / temperature
+        self.logprobs_C, self._entropy_C, self.sums_C = fused.look(self._raw_CV, ids_C, self._cap)
+
+    def entropy_C(self) -> Tensor:
+        return self._entropy_C
+
+    def slopes_CV(self) -> Tensor:
+        """See `_Chunk.slopes_CV`. Once only: the logits are gone then."""
+        scale = 4 / self.temperature
+        return self._fused.slopes_(self._raw_CV, self.ids_C, self.sums_C, self._cap, scale)
 
 
 class _Chunk:

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,6 +53,14 @@ def compile_policy(model: nn.Module, wanted: Compile) -> None:
             "There is no C compiler, so the policy is not compiled and trains slower. "
             "Install one (Debian, Ubuntu: apt-get install gcc)."
         )
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels can be made of our own Triton functions: it is there, and a C compiler."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return any(name and shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang"))
 
 
 def accumulating(module: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:

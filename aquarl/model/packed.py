@@ -8,13 +8,19 @@ Queries and keys are normalised, so no score exceeds sqrt(K): its exponential ne
 taken off, and the softmax over prompt and answer is one division by the sum over both. The way
 back is FlashAttention's (arXiv:2205.14135 appendix B.2), with the weights kept instead of remade.
 
+On a GPU, in bf16, FlashAttention itself does it: prompts over themselves, answers over themselves,
+answers over their prompts, each in one call for all groups. The two softmaxes of an answer become
+one by their log-sums; handed the joint result and log-sum, its way back gives each part's share.
+
 Shapes: N tokens of the row, n of one group, L of its prompt, G answers of at most T tokens, H
-heads, J kv heads, K head width.
+heads, J kv heads, K head width; M tokens of the answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -32,20 +38,37 @@ class Packed:
     """
 
     def __init__(self, lengths: Sequence[Lengths], device: torch.device) -> None:
-        self._groups = []
-        start = 0
-        for prompt, answers in lengths:
+        self._lengths, self._device = lengths, device
+
+    @cached_property
+    def _groups(self) -> list[_Group]:
+        groups, start = [], 0
+        for prompt, answers in self._lengths:
             end = start + prompt + sum(answers)
-            self._groups.append(_Group(slice(start, end), prompt, _Padding(answers, device)))
+            groups.append(_Group(slice(start, end), prompt, _Padding(answers, self._device)))
             start = end
+        return groups
+
+    @cached_property
+    def _spans(self) -> _Spans:
+        return _Spans(self._lengths, self._device)
 
     def __call__(self, layer: int, q_1HNK: Tensor, k_1JNK: Tensor, v_1JNK: Tensor) -> Tensor:
         R = q_1HNK.shape[1] // k_1JNK.shape[1]
         k_HNK, v_HNK = k_1JNK[0], v_1JNK[0]
         if R > 1:
             k_HNK, v_HNK = (x.repeat_interleave(R, dim=0) for x in (k_HNK, v_HNK))
+        if is_for_flash(v_HNK):
+            rows = (x.transpose(0, 1).contiguous() for x in (q_1HNK[0], k_HNK, v_HNK))
+            y_NHK: Tensor = _FlashAttention.apply(*rows, self._spans)
+            return y_NHK.transpose(0, 1)[None]
         y_HNK: Tensor = _PackedAttention.apply(q_1HNK[0], k_HNK, v_HNK, self._groups)
         return y_HNK[None]
+
+
+def is_for_flash(x: Tensor) -> bool:
+    """Whether FlashAttention takes such queries, keys and values."""
+    return x.is_cuda and x.dtype == torch.bfloat16
 
 
 class _Padding:
@@ -56,7 +79,7 @@ class _Padding:
         lengths = torch.tensor(lengths_G, device=device)
         steps_T = torch.arange(self.T, device=device)
         is_real_GT = steps_T < lengths[:, None]
-        self.sees_GTT = (is_real_GT[:, :, None] & torch.ones(self.T, self.T).tril().bool()).float()
+        self.sees_GTT = (is_real_GT[:, :, None] & steps_T[:, None].ge(steps_T)).float()
         self.is_even = self.tokens == self.G * self.T
         """No answer is shorter than another: there is nothing to pad."""
         first_G1 = (lengths.cumsum(0) - lengths)[:, None]
@@ -166,3 +189,130 @@ def _way_back(
     v_grad = weights.transpose(1, 2) @ grad
     scores_grad = (grad @ v.transpose(1, 2)).sub_(shared).mul_(weights)
     return scores_grad @ k, scores_grad.transpose(1, 2) @ q, v_grad
+
+
+class _Spans:
+    """Where the prompts and answers of a row stand, as FlashAttention wants it: places, and where
+    each sequence begins when these are put one after the other."""
+
+    def __init__(self, lengths: Sequence[Lengths], device: torch.device) -> None:
+        prompts, answers, start = [], [], 0
+        for prompt, of_answers in lengths:
+            end = start + prompt + sum(of_answers)
+            prompts += range(start, start + prompt)
+            answers += range(start + prompt, end)
+            start = end
+        self.prompt_rows, self.answer_rows = (_sent(x, torch.long, device) for x in (prompts, answers))
+        of_prompts = [prompt for prompt, _ in lengths]
+        of_groups = [sum(of_answers) for _, of_answers in lengths]
+        of_answers = [length for _, group in lengths for length in group]
+        self.prompts, self.groups, self.answers = (
+            _Sequences(_sent([0, *accumulate(x)], torch.int32, device), max(x))
+            for x in (of_prompts, of_groups, of_answers)
+        )
+
+
+class _Sequences(NamedTuple):
+    starts: Tensor
+    """(count + 1,) int32"""
+    longest: int
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, spans: _Spans) -> Tensor:
+        on_prompt = [x.index_select(0, spans.prompt_rows) for x in (q_NHK, k_NHK, v_NHK)]
+        on_answer = [x.index_select(0, spans.answer_rows) for x in (q_NHK, k_NHK, v_NHK)]
+        across = [on_answer[0], *on_prompt[1:]]
+        calls = [
+            _Call(spans.prompts, spans.prompts, is_causal=True),
+            _Call(spans.answers, spans.answers, is_causal=True),
+            _Call(spans.groups, spans.prompts, is_causal=False),
+        ]
+        y_NHK = torch.empty_like(q_NHK)
+        prompt, own, other = (
+            call.forward(*qkv) for call, qkv in zip(calls, (on_prompt, on_answer, across), strict=True)
+        )
+        y_NHK.index_copy_(0, spans.prompt_rows, prompt.y)
+        logsum_HM = torch.logaddexp(own.logsum, other.logsum)
+        share_MH1 = (other.logsum - logsum_HM).exp().T[:, :, None]
+        y_MHK = own.y.lerp(other.y, share_MH1.to(own.y.dtype))
+        y_NHK.index_copy_(0, spans.answer_rows, y_MHK)
+        ctx.calls, ctx.spans = calls, spans
+        ctx.save_for_backward(
+            *on_prompt, *on_answer, prompt.y, prompt.logsum, y_MHK, logsum_HM, *prompt.state
+        )
+        return y_NHK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        pq, pk, pv, aq, ak, av, y_prompt, logsum_prompt, y_MHK, logsum_HM, *state = ctx.saved_tensors
+        spans = ctx.spans
+        on_prompt, on_answer = (
+            grads[0].index_select(0, rows) for rows in (spans.prompt_rows, spans.answer_rows)
+        )
+        prompts, answers, across = ctx.calls
+        of_prompt = prompts.backward(on_prompt, pq, pk, pv, y_prompt, logsum_prompt, state)
+        of_own = answers.backward(on_answer, aq, ak, av, y_MHK, logsum_HM, state)
+        of_other = across.backward(on_answer, aq, pk, pv, y_MHK, logsum_HM, state)
+        whole = []
+        for number in range(3):
+            grad_NHK = torch.empty_like(grads[0])
+            prompt, own, other = of_prompt[number], of_own[number], of_other[number]
+            (own if number == 0 else prompt).add_(other)  # the answers' queries, the prompts' rest
+            grad_NHK.index_copy_(0, spans.prompt_rows, prompt)
+            grad_NHK.index_copy_(0, spans.answer_rows, own)
+            whole.append(grad_NHK)
+        return whole[0], whole[1], whole[2], None
+
+
+class _Found(NamedTuple):
+    y: Tensor
+    logsum: Tensor
+    """(H, rows) fp32"""
+    state: tuple[Tensor, Tensor]
+    """Of the dropout, of which there is none."""
+
+
+class _Call(NamedTuple):
+    """One of FlashAttention's calls, there and back: queries (rows, H, K) of sequences each over
+    the keys of its own."""
+
+    queries: _Sequences
+    keys: _Sequences
+    is_causal: bool
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> _Found:
+        if not len(q):
+            nothing = q.new_empty(q.shape[1], 0, dtype=torch.float32)
+            return _Found(torch.empty_like(q), nothing, (nothing, nothing))
+        y, logsum, *state, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, *self._places(), 0.0, self.is_causal, False
+        )
+        return _Found(y, logsum, (state[0], state[1]))
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        logsum: Tensor,
+        state: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not len(q):
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, y, logsum, *self._places(), 0.0, self.is_causal, *state
+        )
+        return grads
+
+    def _places(self) -> tuple[Tensor, Tensor, int, int]:
+        return self.queries.starts, self.keys.starts, self.queries.longest, self.keys.longest
+
+
+def _sent(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return them on the device, without waiting for what it does."""
+    tensor = torch.tensor(numbers, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -11,7 +11,6 @@ Shapes: P prompts, G rollouts per prompt, B = P * G rows, T positions, N sampled
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +28,9 @@ from aquarl.model.packed import Packed
 from aquarl.records import Metrics, RolloutGroup, TrainBatch, Weights
 from aquarl.rl.batch import microbatches
 from aquarl.rl.losses import effective_fraction, kl_penalty, policy_loss
+
+
+Sums = dict[str, float | Tensor]
 
 
 class Scorer(nn.Module):
@@ -94,23 +96,21 @@ class Learner:
             self.step += 1
             return {}
         started = time.perf_counter()
-        sums: dict[str, float] = defaultdict(float)
+        sums: Sums = {}
         steep, flat = self._by_gradient(groups)
-        steep_batches, flat_batches = (
-            list(microbatches(part, self.config.micro_prompts, tokens_in_step, rollouts_in_step))
-            for part in (steep, flat)
-        )
-        for i, batch in enumerate(steep_batches):
-            with accumulating(self.scorer, sync=i == len(steep_batches) - 1):
+        size = self.config.micro_prompts
+        last = (len(steep) - 1) // size
+        for i, batch in enumerate(microbatches(steep, size, tokens_in_step, rollouts_in_step)):
+            with accumulating(self.scorer, sync=i == last):
                 self._backward(on_device(batch, self.device), sums)
         with torch.no_grad():
-            for batch in flat_batches:
+            for batch in microbatches(flat, size, tokens_in_step, rollouts_in_step):
                 self._loss(self.alone, on_device(batch, self.device), sums)
         grad_norm = clip_gradients(self.model, self.config.clip_norm)
         lr = lr_at(self.step, self.config.steps, self.config)
         self.optimizer.step(lr, self.step)
         self.step += 1
-        metrics = self._total(dict(sums))
+        metrics = self._total({name: float(value) for name, value in sums.items()})
         metrics["policy/effective_fraction"] = effective_fraction(
             metrics["policy/ratio_mean"], metrics.pop("policy/ratio_square")
         )
@@ -120,9 +120,11 @@ class Learner:
             "time/learn_s": time.perf_counter() - started,
         }
 
-    def weights(self, dtype: torch.dtype = torch.float32) -> Weights:
-        """Return the policy as one buffer, versioned by the step."""
-        return flatten(self.model, self.step, dtype)
+    def weights(self) -> Weights:
+        """Return the policy as one buffer, versioned by the step: in the precision that a sampler
+        on such a device computes in."""
+        is_gpu = self.device.type == "cuda"
+        return flatten(self.model, self.step, torch.bfloat16 if is_gpu else torch.float32)
 
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "optimizer": self.optimizer.state_dict()}
@@ -142,11 +144,11 @@ class Learner:
             return groups[:1], groups[1:]
         return steep, [group for group in groups if not any(group.advantages)]
 
-    def _backward(self, batch: TrainBatch, sums: dict[str, float]) -> None:
+    def _backward(self, batch: TrainBatch, sums: Sums) -> None:
         # DDP averages over ranks, but the counts are the whole step's: multiply it back.
         (self._loss(self.scorer, batch, sums) * self.world).backward()
 
-    def _loss(self, scorer: nn.Module, batch: TrainBatch, sums: dict[str, float]) -> Tensor:
+    def _loss(self, scorer: nn.Module, batch: TrainBatch, sums: Sums) -> Tensor:
         """Return a microbatch's share of the step's loss, and add what to plot to the sums."""
         with autocast(self.device):
             logprobs_BT, entropy = scorer(batch)
@@ -159,14 +161,18 @@ class Learner:
             loss = loss + self.config.kl_weight * penalty
             plots["policy/kl_from_sft"] = penalty.detach()
         plots["loss/policy"] = loss.detach()
-        for name, value in plots.items():
-            sums[name] += float(value)
+        for name, value in plots.items():  # as tensors: a number would have to be waited for
+            sums[name] = sums.get(name, 0.0) + value.double()
         return loss
 
 
 def on_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
-    """Return the batch with all its tensors there."""
+    """Return the batch with all its tensors there; a GPU fetches them while this goes on."""
+    if device.type == "cpu":
+        return batch
     tensors: dict[str, Any] = {
-        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)
+        name: value.pin_memory().to(device, non_blocking=True)
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor)
     }
     return replace(batch, **tensors)

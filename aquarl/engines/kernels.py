@@ -1,0 +1,330 @@
+"""What a GPU does between a decoder's matrix products, one Triton kernel each: `graphs.py` calls
+them.
+
+A token of a small policy is many small operations, and a GPU spends two microseconds on each that
+it is told of, however little there is to do. So all that stands between two products is one kernel:
+
+attend          queries, keys and values as the product gave them in, what the queries find out
+squared_relu    the wide side of the MLP
+group_sums      logits in, the chances of so many tokens together out
+choose          one of those, one token of it, and its embedding
+
+None of them needs x normalised before a product: RMSNorm without parameters multiplies a row by one
+number, so it may as well be done after the product, by whoever reads it.
+
+Read at their own pace: `attend` reads the keys and values that are in use, no others, and the
+prompt's once for all answers where the GPU's cache holds them.
+
+Shapes: see `decoder.py`; C groups of `TOGETHER` tokens.
+Source: softmax without a maximum as in `model/packed.py`; inverting the distribution in two steps
+as in `drawing.py`.
+"""
+
+# Triton's types are its own, and its functions are no Python that a checker could follow.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aquarl.engines.drawing import TOKENS_TOGETHER as TOGETHER
+from aquarl.model.gpt import SOFT_CAP
+from aquarl.model.shape import Shape
+
+KEYS_AT_ONCE, GROUPS_AT_ONCE, WIDE_AT_ONCE = 32, 64, 1024
+part = (lambda function: function) if triton.knobs.runtime.interpret else triton.jit
+"""Of a kernel. The interpreter reads the whole language anew for each that is a kernel itself."""
+EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+CAP = tl.constexpr(SOFT_CAP)
+
+
+class Cache(NamedTuple):
+    """A layer's keys and values: of the prompts (P, J, L, K), of the answers (P, J, G, T, K)."""
+
+    prompt_keys: Tensor
+    prompt_values: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def attend(
+    qkv_BX: Tensor,
+    x_BD: Tensor,
+    cache: Cache,
+    lengths_P: Tensor,
+    step_1: Tensor,
+    turns: Tensor,
+    shape: Shape,
+    out_BD: Tensor,
+) -> None:
+    """Put the position's keys and values into the cache, and what its queries find into `out_BD`.
+
+    Args:
+        qkv_BX: x_BD times the three projections, heads `interleaved`.
+        x_BD: What stood before the product, not normalised.
+        lengths_P: int64, what is real of the prompts.
+        step_1: int64, positions of the answers that are in the cache already.
+        turns: (positions, K / 2, 2) fp32, see `gpt.rotary_turns`.
+    """
+    G, T = cache.keys.shape[2:4]
+    H, K = shape.heads, shape.head_width
+    _attend[(len(x_BD), H)](
+        qkv_BX,
+        x_BD,
+        *cache,
+        lengths_P,
+        step_1,
+        turns,
+        out_BD,
+        G,
+        T,
+        cache.prompt_keys.shape[2],
+        HEADS=H,
+        KV_HEADS=shape.kv_heads,
+        K=K,
+        D=shape.width,
+        D_ROOM=triton.next_power_of_2(shape.width),
+        KEYS=KEYS_AT_ONCE,
+    )
+
+
+def squared_relu(wide_BF: Tensor, x_BD: Tensor) -> None:
+    """Replace a product of x_BD by its ReLU squared, as if x_BD had been normalised before."""
+    B, F = wide_BF.shape
+    D = x_BD.shape[1]
+    grid = (B, triton.cdiv(F, WIDE_AT_ONCE))
+    _squared_relu[grid](
+        wide_BF, x_BD, F, D=D, D_ROOM=triton.next_power_of_2(D), AT_ONCE=WIDE_AT_ONCE
+    )
+
+
+def group_sums(logits_BV: Tensor, x_BD: Tensor, temperature: float, sums_BC: Tensor) -> None:
+    """Sum up the chances of each group's tokens, in fp32.
+
+    Args:
+        logits_BV: The head's product with x_BD, which was not normalised; not capped.
+    """
+    B, V = logits_BV.shape
+    C, D = sums_BC.shape[1], x_BD.shape[1]
+    _group_sums[(B, triton.cdiv(C, GROUPS_AT_ONCE))](
+        logits_BV,
+        x_BD,
+        sums_BC,
+        V,
+        C,
+        SOFT_CAP / temperature,
+        D=D,
+        D_ROOM=triton.next_power_of_2(D),
+        GROUPS=GROUPS_AT_ONCE,
+        TOGETHER=TOGETHER,
+    )
+
+
+def choose(
+    logits_BV: Tensor,
+    x_BD: Tensor,
+    sums_BC: Tensor,
+    uniforms_TB: Tensor,
+    step_1: Tensor,
+    temperature: float,
+    embedding_VD: Tensor,
+    ids_TB: Tensor,
+    logprobs_TB: Tensor,
+) -> None:
+    """Draw a token for each row, note it and its log-probability, and put its embedding to x_BD."""
+    B, V = logits_BV.shape
+    C, D = sums_BC.shape[1], x_BD.shape[1]
+    _choose[(B,)](
+        logits_BV,
+        x_BD,
+        sums_BC,
+        uniforms_TB,
+        step_1,
+        embedding_VD,
+        ids_TB,
+        logprobs_TB,
+        B,
+        V,
+        C,
+        SOFT_CAP / temperature,
+        C_ROOM=triton.next_power_of_2(C),
+        D=D,
+        D_ROOM=triton.next_power_of_2(D),
+        TOGETHER=TOGETHER,
+    )
+
+
+@part
+def _scale(x, row, D: tl.constexpr, D_ROOM: tl.constexpr):
+    """Return by what RMSNorm multiplies a row."""
+    d = tl.arange(0, D_ROOM)
+    values = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(values * values) / D + EPS)
+
+
+@part
+def _turned_unit(head, scale, turns, K: tl.constexpr):
+    """Return the two dimensions of each pair of a head, normalised and turned."""
+    pair = tl.arange(0, K // 2)
+    a = tl.load(head + 2 * pair).to(tl.float32) * scale
+    b = tl.load(head + 2 * pair + 1).to(tl.float32) * scale
+    unit = tl.rsqrt((tl.sum(a * a) + tl.sum(b * b)) / K + EPS)
+    cos = tl.load(turns + 2 * pair)
+    sin = tl.load(turns + 2 * pair + 1)
+    return (a * cos - b * sin) * unit, (a * sin + b * cos) * unit
+
+
+@part
+def _look(q, keys, values, count, total, found, K: tl.constexpr, KEYS: tl.constexpr):
+    """Add what a query finds among so many keys to `found` (K,), and the weights to `total`."""
+    k = tl.arange(0, K)
+    for start in range(0, count, KEYS):
+        s = start + tl.arange(0, KEYS)
+        is_real = s < count
+        places = s[:, None] * K + k[None, :]
+        key = tl.load(keys + places, mask=is_real[:, None], other=0.0).to(tl.float32)
+        value = tl.load(values + places, mask=is_real[:, None], other=0.0).to(tl.float32)
+        weight = tl.where(is_real, tl.exp(tl.sum(key * q[None, :], axis=1)), 0.0)
+        total += tl.sum(weight)
+        found += tl.sum(value * weight[:, None], axis=0)
+    return total, found
+
+
+@triton.jit
+def _attend(
+    qkv,
+    x,
+    prompt_keys,
+    prompt_values,
+    keys,
+    values,
+    lengths,
+    step,
+    turns,
+    out,
+    G,
+    T,
+    L,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    D_ROOM: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    row, head = tl.program_id(0), tl.program_id(1)
+    prompt, answer = row // G, row % G
+    kv_head = head // (HEADS // KV_HEADS)
+    t = tl.load(step)
+    length = tl.load(lengths + prompt)
+    scale = _scale(x, row, D, D_ROOM)
+    qkv += row * ((HEADS + 2 * KV_HEADS) * K)
+    turns += (length + t) * K
+    pair, k = tl.arange(0, K // 2), tl.arange(0, K)
+
+    query = _turned_unit(qkv + head * K, scale, turns, K)
+    key = _turned_unit(qkv + (HEADS + kv_head) * K, scale, turns, K)
+    value = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * K + k).to(tl.float32) * scale
+    cached = ((prompt * KV_HEADS + kv_head) * G + answer).to(tl.int64) * T * K
+    keys += cached
+    values += cached
+    if head % (HEADS // KV_HEADS) == 0:
+        tl.store(keys + t * K + 2 * pair, key[0].to(keys.dtype.element_ty))
+        tl.store(keys + t * K + 2 * pair + 1, key[1].to(keys.dtype.element_ty))
+        tl.store(values + t * K + k, value.to(values.dtype.element_ty))
+
+    root = tl.sqrt(tl.full((), K, tl.float32))
+    total = tl.exp((tl.sum(query[0] * key[0]) + tl.sum(query[1] * key[1])) / root)
+    found = value * total
+    q = tl.interleave(query[0], query[1]) / root
+    of_prompt = (prompt * KV_HEADS + kv_head).to(tl.int64) * L * K
+    total, found = _look(
+        q, prompt_keys + of_prompt, prompt_values + of_prompt, length, total, found, K, KEYS
+    )
+    total, found = _look(q, keys, values, t, total, found, K, KEYS)
+    tl.store(out + row * (HEADS * K) + head * K + k, (found / total).to(out.dtype.element_ty))
+
+
+@triton.jit
+def _squared_relu(wide, x, F, D: tl.constexpr, D_ROOM: tl.constexpr, AT_ONCE: tl.constexpr):
+    row = tl.program_id(0)
+    f = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
+    positive = tl.load(wide + row * F + f, mask=f < F, other=0.0).to(tl.float32)
+    positive = tl.maximum(positive, 0.0) * _scale(x, row, D, D_ROOM)
+    tl.store(wide + row * F + f, (positive * positive).to(wide.dtype.element_ty), mask=f < F)
+
+
+@part
+def _chances(logits, scale, cap):
+    """exp of the capped logits, of which none is above `cap`."""
+    squashed = tl.sigmoid(logits.to(tl.float32) * scale * (2.0 / CAP))
+    return tl.exp(2.0 * cap * squashed - cap)
+
+
+@triton.jit
+def _group_sums(
+    logits,
+    x,
+    sums,
+    V,
+    C,
+    cap,
+    D: tl.constexpr,
+    D_ROOM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    row = tl.program_id(0)
+    c = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    v = c[:, None] * TOGETHER + tl.arange(0, TOGETHER)[None, :]
+    of_row = logits + row.to(tl.int64) * V
+    chances = _chances(tl.load(of_row + v, mask=v < V, other=0.0), _scale(x, row, D, D_ROOM), cap)
+    tl.store(sums + row * C + c, tl.sum(tl.where(v < V, chances, 0.0), axis=1), mask=c < C)
+
+
+@triton.jit
+def _choose(
+    logits,
+    x,
+    sums,
+    uniforms,
+    step,
+    embedding,
+    ids,
+    logprobs,
+    B,
+    V,
+    C,
+    cap,
+    C_ROOM: tl.constexpr,
+    D: tl.constexpr,
+    D_ROOM: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    row = tl.program_id(0)
+    t = tl.load(step)
+    c, i, d = tl.arange(0, C_ROOM), tl.arange(0, TOGETHER), tl.arange(0, D_ROOM)
+    upto = tl.cumsum(tl.load(sums + row * C + c, mask=c < C, other=0.0))
+    total = tl.max(upto)
+    threshold = tl.load(uniforms + t * B + row) * total
+    # Rounding may let the last sum fall short of the threshold.
+    group = tl.minimum(tl.sum((upto <= threshold).to(tl.int32)), C - 1)
+    before = tl.sum(tl.where(c == group - 1, upto, 0.0))
+
+    v = group * TOGETHER + i
+    of_row = logits + row.to(tl.int64) * V
+    scale = _scale(x, row, D, D_ROOM)
+    chances = _chances(tl.load(of_row + v, mask=v < V, other=0.0), scale, cap)
+    chances = tl.where(v < V, chances, 0.0)
+    within = tl.sum((tl.cumsum(chances) <= threshold - before).to(tl.int32))
+    chosen = tl.minimum(group * TOGETHER + tl.minimum(within, TOGETHER - 1), V - 1)
+    chance = tl.sum(tl.where(v == chosen, chances, 0.0))
+    tl.store(ids + t * B + row, chosen.to(tl.int64))
+    tl.store(logprobs + t * B + row, tl.log(chance / total))
+    word = tl.load(embedding + chosen.to(tl.int64) * D + d, mask=d < D)
+    tl.store(x + row * D + d, word, mask=d < D)
