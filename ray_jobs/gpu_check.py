@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def check_graphs(work: Work, device: str) -> dict[str, Any]:
 def check_gradient(work: Work, device: str) -> dict[str, Any]:
     """A learner's gradient on the device (on a GPU: bf16, FlashAttention, fused head) beside that
     of plain operations in fp32 on the CPU."""
-    found = []
+    found, work = [], replace(work, prompts=2, samples=4, max_new=16)  # a CPU does it, too
     for where in (device, "cpu"):
         learner = Learner(work.model().to(where), work.rl_config)
         [batch] = microbatches(work.groups(work.drawn()), work.prompts, 1, 1)
@@ -158,8 +159,11 @@ def _sampler(
     return sampler
 
 
-def run(device: str, *, small: bool, minutes: float) -> dict[str, Any]:
-    """Do all of it, in order of what matters most. Returns what goes into OUT.json."""
+def run(
+    device: str, *, small: bool, minutes: float, out: str | None = None
+) -> dict[str, Any]:
+    """Do all of it, in order of what matters most. Returns what goes into OUT.json, where all that
+    is known so far is written after each part."""
     began = time.monotonic()
     torch.set_num_threads(1)
     keep_memory()
@@ -183,9 +187,17 @@ def run(device: str, *, small: bool, minutes: float) -> dict[str, Any]:
             result["checks"][name] = {"holds": False, "error": f"{type(error).__name__}: {error}"}
             return None
 
+    def write() -> None:
+        result["seconds"] = round(time.monotonic() - began, 1)
+        if out:
+            Path(f"{out}.json").write_text(json.dumps(result, indent=1))
+            Path(f"{out}.md").write_text(as_page(result))
+
+    result["profile"] = []
     for name, check in CHECKS.items():
         if (seen := in_time(name, partial(check, checked, device))) is not None:
             result["checks"][name] = seen
+        write()
     for kind in ("step", *(kind for kind in PIECES if kind != "step")):
         settings: dict[str, Any] = {
             "engines": ["torch"],
@@ -195,8 +207,9 @@ def run(device: str, *, small: bool, minutes: float) -> dict[str, Any]:
         }
         lines = in_time(f"bench {kind}", partial(bench, kind, measured, **settings))
         result["bench"] += lines or []
+        write()
     result["profile"] = in_time("profile of a step", partial(profiled, measured, device)) or []
-    result["seconds"] = round(time.monotonic() - began, 1)
+    write()
     return result
 
 
@@ -242,10 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    result = run(args.device, small=args.small, minutes=args.minutes)
-    Path(f"{args.out}.json").write_text(json.dumps(result, indent=1))
-    Path(f"{args.out}.md").write_text(page := as_page(result))
-    print(page)
+    result = run(args.device, small=args.small, minutes=args.minutes, out=args.out)
+    print(as_page(result))
     return 0 if all(seen["holds"] for seen in result["checks"].values()) else 1
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from aquarl.config import OptimConfig
-from aquarl.model.optim import Fp32Muon, Optimizer, clip_gradients, lr_at, orthogonalise
+from aquarl.model.optim import Muon, Optimizer, clip_gradients, lr_at, orthogonalise
 from tests.fakes import random_ids, random_model
 
 SHAPES = ((32, 32), (32, 32), (128, 32), (32, 128), (16, 32))
@@ -18,9 +18,9 @@ def matrices() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
 
 
-def test_muon_in_fp32_updates_as_torchs_muon_within_bf16_rounding() -> None:
+def test_muon_updates_as_torchs_muon_within_bf16_rounding() -> None:
     ours, theirs = matrices(), matrices()
-    mine = Fp32Muon(ours, lr=0.02)
+    mine = Muon(ours, lr=0.02)
     torchs = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.0)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):  # the momentum counts from the second step on
@@ -56,7 +56,7 @@ def test_orthogonalising_keeps_the_singular_directions() -> None:
 def test_a_matrix_without_gradient_stays() -> None:
     still, moving = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
     moving.grad = torch.eye(4)
-    Fp32Muon([still, moving], lr=0.1).step()
+    Muon([still, moving], lr=0.1).step()
     assert torch.equal(still, torch.ones(4, 4))
     assert not torch.equal(moving, torch.ones(4, 4))
 

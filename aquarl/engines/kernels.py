@@ -36,7 +36,8 @@ from aquarl.engines.drawing import TOKENS_TOGETHER as TOGETHER
 from aquarl.model.gpt import SOFT_CAP
 from aquarl.model.shape import Shape
 
-KEYS_AT_ONCE, GROUPS_AT_ONCE, WIDE_AT_ONCE = 32, 64, 1024
+KEYS_AT_ONCE, GROUPS_AT_ONCE, WIDE_AT_ONCE = 16, 64, 1024
+ATTEND = {"num_warps": 4}
 part = (lambda function: function) if triton.knobs.runtime.interpret else triton.jit
 """Of a kernel. The interpreter reads the whole language anew for each that is a kernel itself."""
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
@@ -90,6 +91,7 @@ def attend(
         D=shape.width,
         D_ROOM=triton.next_power_of_2(shape.width),
         KEYS=KEYS_AT_ONCE,
+        **ATTEND,
     )
 
 
@@ -180,19 +182,23 @@ def _turned_unit(head, scale, turns, K: tl.constexpr):
 
 
 @part
-def _look(q, keys, values, count, total, found, K: tl.constexpr, KEYS: tl.constexpr):
-    """Add what a query finds among so many keys to `found` (K,), and the weights to `total`."""
+def _look(q, keys, values, count, totals, found, K: tl.constexpr, KEYS: tl.constexpr):
+    """Add what a query finds among so many keys to `found` (KEYS, K), the weights to `totals`.
+
+    Each place of a tile adds up for itself, so no warp waits for another before the end.
+    """
     k = tl.arange(0, K)
     for start in range(0, count, KEYS):
         s = start + tl.arange(0, KEYS)
         is_real = s < count
         places = s[:, None] * K + k[None, :]
-        key = tl.load(keys + places, mask=is_real[:, None], other=0.0).to(tl.float32)
-        value = tl.load(values + places, mask=is_real[:, None], other=0.0).to(tl.float32)
-        weight = tl.where(is_real, tl.exp(tl.sum(key * q[None, :], axis=1)), 0.0)
-        total += tl.sum(weight)
-        found += tl.sum(value * weight[:, None], axis=0)
-    return total, found
+        key = tl.load(keys + places, mask=is_real[:, None], other=0.0)
+        value = tl.load(values + places, mask=is_real[:, None], other=0.0)
+        scores = tl.sum(key.to(tl.float32) * q[None, :], axis=1)
+        weight = tl.where(is_real, tl.exp(scores), 0.0)
+        totals += weight
+        found += value.to(tl.float32) * weight[:, None]
+    return totals, found
 
 
 @triton.jit
@@ -239,15 +245,16 @@ def _attend(
         tl.store(values + t * K + k, value.to(values.dtype.element_ty))
 
     root = tl.sqrt(tl.full((), K, tl.float32))
-    total = tl.exp((tl.sum(query[0] * key[0]) + tl.sum(query[1] * key[1])) / root)
-    found = value * total
+    own = tl.exp((tl.sum(query[0] * key[0]) + tl.sum(query[1] * key[1])) / root)
     q = tl.interleave(query[0], query[1]) / root
+    totals, found = tl.zeros((KEYS,), tl.float32), tl.zeros((KEYS, K), tl.float32)
     of_prompt = (prompt * KV_HEADS + kv_head).to(tl.int64) * L * K
-    total, found = _look(
-        q, prompt_keys + of_prompt, prompt_values + of_prompt, length, total, found, K, KEYS
+    totals, found = _look(
+        q, prompt_keys + of_prompt, prompt_values + of_prompt, length, totals, found, K, KEYS
     )
-    total, found = _look(q, keys, values, t, total, found, K, KEYS)
-    tl.store(out + row * (HEADS * K) + head * K + k, (found / total).to(out.dtype.element_ty))
+    totals, found = _look(q, keys, values, t, totals, found, K, KEYS)
+    result = (tl.sum(found, axis=0) + value * own) / (tl.sum(totals) + own)
+    tl.store(out + row * (HEADS * K) + head * K + k, result.to(out.dtype.element_ty))
 
 
 @triton.jit

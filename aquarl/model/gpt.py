@@ -35,6 +35,12 @@ def norm(x: Tensor) -> Tensor:
     return _Norm.apply(x)
 
 
+def _working(x: Tensor) -> Tensor:
+    """Return x in the precision that products are done in: once for three of them."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def interleaved(weight_XD: Tensor, head_width: int) -> Tensor:
     """Return a projection's rows so that a head's dimensions come as 0, K/2, 1, K/2 + 1, ...
 
@@ -138,7 +144,7 @@ class Block(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(self, x_BTD: Tensor, turns: Tensor, attend: Attend) -> Tensor:
-        x_BTD = x_BTD + self.attn(norm(x_BTD), turns, attend)
+        x_BTD = x_BTD + self.attn(_working(norm(x_BTD)), turns, attend)
         return x_BTD + self.mlp(norm(x_BTD))
 
 

@@ -73,14 +73,16 @@ class _TokenLogprobs(torch.autograd.Function):
             if slopes_NV is not None and hidden_slopes_ND is not None:
                 slopes_NV[rows] = chunk.slopes_CV()
                 torch.mm(slopes_NV[rows], weight_VD, out=hidden_slopes_ND[rows])
-        ctx.save_for_backward(hidden_ND, weight_VD, ids_N, slopes_NV, hidden_slopes_ND)
+        ctx.save_for_backward(
+            hidden_ND, weight_VD, ids_N, logprobs_N, slopes_NV, hidden_slopes_ND
+        )
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy_N)
         return logprobs_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden_ND, weight_VD, ids_N, slopes_NV, hidden_slopes_ND = ctx.saved_tensors
+        hidden_ND, weight_VD, ids_N, logprobs_N, slopes_NV, hidden_slopes_ND = ctx.saved_tensors
         grads_N1 = grads[0][:, None]
         scaled_ND = (hidden_ND * grads_N1).to(hidden_ND.dtype)
         if slopes_NV is not None:
@@ -89,7 +91,9 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_grad_ND = torch.empty_like(hidden_ND)
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=grads_N1.dtype)
         for rows in _chunks(len(ids_N), weight_VD):
-            chunk = _chunk(hidden_ND[rows], weight_VD, ids_N[rows], ctx.temperature)
+            chunk = _chunk(
+                hidden_ND[rows], weight_VD, ids_N[rows], ctx.temperature, logprobs_N[rows]
+            )
             slopes_CV = chunk.slopes_CV().to(weight_VD.dtype)
             torch.mm(slopes_CV, weight_VD, out=hidden_grad_ND[rows])
             _add_product(weight_grad_VD, slopes_CV.T, scaled_ND[rows])
@@ -97,21 +101,36 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _chunk(
-    hidden_CD: Tensor, weight_VD: Tensor, ids_C: Tensor, temperature: float
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    ids_C: Tensor,
+    temperature: float,
+    logprobs_C: Tensor | None = None,
 ) -> _Chunk | _FusedChunk:
-    is_fused = hidden_CD.is_cuda and hidden_CD.dtype == torch.bfloat16 and has_triton()
-    return (_FusedChunk if is_fused else _Chunk)(hidden_CD, weight_VD, ids_C, temperature)
+    """Return some rows of logits, for the first time or, with their logprobs, for the second."""
+    if hidden_CD.is_cuda and hidden_CD.dtype == torch.bfloat16 and has_triton():
+        return _FusedChunk(hidden_CD, weight_VD, ids_C, temperature, logprobs_C)
+    return _Chunk(hidden_CD, weight_VD, ids_C, temperature)
 
 
 class _FusedChunk:
-    """`_Chunk` in two kernels. Of the logits, bf16 is kept, for as long as this is."""
+    """`_Chunk` in a kernel there and one back. The logits are kept in bf16, as long as this is."""
 
-    def __init__(self, hidden_CD: Tensor, weight_VD: Tensor, ids_C: Tensor, temperature: float):
+    def __init__(
+        self,
+        hidden_CD: Tensor,
+        weight_VD: Tensor,
+        ids_C: Tensor,
+        temperature: float,
+        logprobs_C: Tensor | None = None,
+    ):
         from aquarl.model import fused
 
         self._fused, self.ids_C, self.temperature = fused, ids_C, temperature
         self._raw_CV, self._cap = squashed_logits(hidden_CD, weight_VD), SOFT_CAP / temperature
-        self.logprobs_C, self._entropy_C, self.sums_C = fused.look(self._raw_CV, ids_C, self._cap)
+        if logprobs_C is None:
+            logprobs_C, self._entropy_C = fused.look(self._raw_CV, ids_C, self._cap)
+        self.logprobs_C = logprobs_C
 
     def entropy_C(self) -> Tensor:
         return self._entropy_C
@@ -119,7 +138,7 @@ class _FusedChunk:
     def slopes_CV(self) -> Tensor:
         """See `_Chunk.slopes_CV`. Once only: the logits are gone then."""
         scale = 4 / self.temperature
-        return self._fused.slopes_(self._raw_CV, self.ids_C, self.sums_C, self._cap, scale)
+        return self._fused.slopes_(self._raw_CV, self.ids_C, self.logprobs_C, self._cap, scale)
 
 
 class _Chunk:

@@ -21,11 +21,13 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MOMENTUM_WARMUP_STEPS = 300
 
 
-class Fp32Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon` with its Newton-Schulz in fp32, all matrices of one shape in one batch.
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon`, with all matrices of one shape in one batch.
 
-    torch's works in bf16, which a CPU without bf16 instructions has to emulate: here it took
-    100-180 ms a step at depth 2, more than half of forward and backward together.
+    Its Newton-Schulz iterates in bf16 on GPUs, as torch's, and in fp32 on CPUs, which mostly have
+    to emulate bf16: at depth 2 torch's took 100-180 ms a step there, more than half of forward and
+    backward together. On an H200 at depth 8 its 1,300 small kernels took 26 ms, a sixth of the
+    learner's step.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.95) -> None:
@@ -41,6 +43,8 @@ class Fp32Muon(torch.optim.Optimizer):
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
                 updates = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
+                if updates.is_cuda:
+                    updates = updates.bfloat16()
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, orthogonalise(updates), strict=True):
                     parameter.add_(update, alpha=-group["lr"] * scale)
@@ -55,7 +59,7 @@ class Fp32Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Return (n, rows, columns) fp32 with all singular values moved near 1.
+    """Return (n, rows, columns) with all singular values moved near 1.
 
     Quintic Newton-Schulz iteration with Keller Jordan's coefficients.
     """
@@ -90,12 +94,8 @@ class Optimizer:
         self.muon: torch.optim.Optimizer | None = None
         if config.optimizer == "adamw":
             adamw_groups.append({"params": matrices, "lr": config.matrix_lr, "weight_decay": 0.0})
-        elif matrices[0].is_cuda:
-            self.muon = torch.optim.Muon(
-                matrices, lr=config.matrix_lr, momentum=0.95, weight_decay=0.0
-            )
         else:
-            self.muon = Fp32Muon(matrices, lr=config.matrix_lr)
+            self.muon = Muon(matrices, lr=config.matrix_lr)
         adamw = torch.optim.AdamW(adamw_groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
         self._all = [adamw] + ([self.muon] if self.muon else [])
         for group in self._groups():
