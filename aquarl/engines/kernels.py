@@ -37,7 +37,7 @@ from aquarl.model.gpt import SOFT_CAP
 from aquarl.model.shape import Shape
 
 KEYS_AT_ONCE, GROUPS_AT_ONCE, WIDE_AT_ONCE = 16, 64, 1024
-ATTEND = {"num_warps": 4}
+ATTEND = {"num_warps": 2}
 part = (lambda function: function) if triton.knobs.runtime.interpret else triton.jit
 """Of a kernel. The interpreter reads the whole language anew for each that is a kernel itself."""
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
