@@ -159,9 +159,7 @@ def _sampler(
     return sampler
 
 
-def run(
-    device: str, *, small: bool, minutes: float, out: str | None = None
-) -> dict[str, Any]:
+def run(device: str, *, small: bool, minutes: float, out: str | None = None) -> dict[str, Any]:
     """Do all of it, in order of what matters most. Returns what goes into OUT.json, where all that
     is known so far is written after each part."""
     began = time.monotonic()

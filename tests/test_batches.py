@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from aquarl.data.batches import IGNORED, PackedRows, Rows, RowSource, TokenFile, pack, write_tokens
 from aquarl.errors import DataError, StorageError
 from aquarl.records import Conversation, Message
+from tests.conftest import PATIENCE_S
 from tests.fakes import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -150,6 +152,43 @@ def test_each_epoch_asks_for_its_own_conversations() -> None:
     for epoch in (0, 1, 2):
         answers = learned(rows_of_an_epoch(source, epoch))
         assert sorted(answers) == [f"{epoch}{i}" for i in range(10)]
+
+
+def test_the_next_epoch_is_packed_while_this_one_is_used_if_it_will_be_wanted() -> None:
+    packed_in: dict[int, str] = {}
+    is_begun = threading.Event()
+
+    def of_epoch(epoch: int) -> list[Conversation]:
+        packed_in[epoch] = threading.current_thread().name
+        if epoch == 1:
+            is_begun.set()
+        return [conversation("", f"{epoch}{i}") for i in range(10)]
+
+    expected = packed_alone(of_epoch).rows(0, 12)
+    in_epoch = 5  # ten answers of seven tokens, two to a row of 16
+    is_begun.clear()
+    source = packed_alone(of_epoch, wanted=2 * in_epoch)
+    packed_in.clear()
+    first = source.rows(0, 1)
+    assert is_begun.wait(PATIENCE_S), "before anybody asked for its rows"
+    rest = source.rows(1, 9)
+    assert packed_in == {0: "MainThread", 1: "packs epoch 1"}, "and nobody will want a third"
+    assert torch.equal(torch.cat([first.ids_BT, rest.ids_BT]), expected.ids_BT[:10])
+    assert torch.equal(torch.cat([first.targets_BT, rest.targets_BT]), expected.targets_BT[:10])
+
+
+def test_what_goes_wrong_ahead_is_said_when_it_is_asked_for() -> None:
+    def of_epoch(epoch: int) -> list[Conversation]:
+        return [] if epoch else [conversation("", "a")]
+
+    source = packed_alone(of_epoch, wanted=2)
+    source.rows(0, 1)
+    with pytest.raises(DataError, match="the stage's data is empty"):
+        source.rows(1, 1)
+
+
+def packed_alone(of_epoch: Callable[[int], list[Conversation]], wanted: int = 0) -> PackedRows:
+    return PackedRows(of_epoch, TOKENIZER, CONTEXT, seed=0, wanted=wanted)
 
 
 def test_targets_are_the_next_token_where_it_is_learned() -> None:

@@ -10,7 +10,9 @@ PackedRows     whole conversations, several to a row, kept apart by their docume
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -152,6 +154,8 @@ class PackedRows:
             in another order, say).
         tokenizer, context: How they are encoded; T. Longer conversations are cut at the end.
         seed: Decides the order.
+        wanted: How many rows will be asked for. While one epoch is trained on, the next is packed,
+            if there is to be one.
     """
 
     def __init__(
@@ -160,13 +164,15 @@ class PackedRows:
         tokenizer: Tokenizer,
         context: int,
         seed: int,
+        wanted: int = 0,
     ) -> None:
-        self.context, self.seed, self.tokenizer = context, seed, tokenizer
+        self.context, self.seed, self.tokenizer, self.wanted = context, seed, tokenizer, wanted
         self._cut = 0
         self._conversations = conversations
         self._rows_before = [0]
         """For each epoch packed so far, and the next, how many rows came before it."""
         self._newest: tuple[int, Rows] | None = None
+        self._ahead: dict[int, Future[tuple[Rows, int]]] = {}
 
     @property
     def cut(self) -> int:
@@ -183,9 +189,11 @@ class PackedRows:
             taken = min(count, packed.ids_BT.shape[0] - start)
             parts.append((packed, slice(start, start + taken)))
             first, count = first + taken, count - taken
+            if self._rows_before[epoch + 1] < self.wanted:
+                self._begin(epoch + 1)
         return Rows(
-            torch.cat([packed.ids_BT[at] for packed, at in parts]),
-            torch.cat([packed.targets_BT[at] for packed, at in parts]),
+            torch.cat([packed.ids_BT[at] for packed, at in parts]).long(),
+            torch.cat([packed.targets_BT[at] for packed, at in parts]).long(),
             torch.cat([packed.documents_BT[at] for packed, at in parts]),  # type: ignore[index]
         )
 
@@ -197,12 +205,30 @@ class PackedRows:
 
     def _pack(self, epoch: int) -> Rows:
         if self._newest is None or self._newest[0] != epoch:
-            self._newest = (epoch, self._packed(epoch))
+            begun = self._ahead.pop(epoch, None)
+            rows, self._cut = begun.result() if begun else self._packed(epoch)
+            self._newest = epoch, rows
         return self._newest[1]
 
-    def _packed(self, epoch: int) -> Rows:
-        self._cut = 0
-        encoded = [self._encode(c) for c in self._conversations(epoch)]
+    def _begin(self, epoch: int) -> None:
+        """Pack an epoch in a thread of its own, once, which nobody waits for at the end."""
+        if epoch in self._ahead:
+            return
+        future = self._ahead[epoch] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(self._packed(epoch))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name=f"packs epoch {epoch}", daemon=True).start()
+
+    def _packed(self, epoch: int) -> tuple[Rows, int]:
+        """Return an epoch's rows, and how many of its conversations lost their end."""
+        rendered = [self.tokenizer.render_conversation(c) for c in self._conversations(epoch)]
+        cut = sum(len(ids) > self.context + 1 for ids, _ in rendered)
+        encoded = [self._shifted(ids, is_learned) for ids, is_learned in rendered]
         if not encoded:
             raise DataError("There is nothing to train on: the stage's data is empty.")
         if all(target == IGNORED for _, targets in encoded for target in targets):
@@ -211,12 +237,10 @@ class PackedRows:
                 "is nothing to learn. Set a larger model.context."
             )
         random.Random(f"{self.seed} {epoch}").shuffle(encoded)
-        return pack(encoded, self.context)
+        return pack(encoded, self.context), cut
 
-    def _encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+    def _shifted(self, ids: list[int], is_learned: list[bool]) -> tuple[list[int], list[int]]:
         """Return inputs and targets, one position apart."""
-        ids, is_learned = self.tokenizer.render_conversation(conversation)
-        self._cut += len(ids) > self.context + 1
         ids, is_learned = ids[: self.context + 1], is_learned[: self.context + 1]
         targets = [i if learn else IGNORED for i, learn in zip(ids, is_learned, strict=True)]
         return ids[:-1], targets[1:]
@@ -244,9 +268,9 @@ def pack(encoded: Sequence[tuple[list[int], list[int]]], context: int) -> Rows:
         room[row] -= len(ids)
 
     shape = (len(members), context)
-    ids_BT = np.zeros(shape, np.int64)
-    targets_BT = np.full(shape, IGNORED, np.int64)
-    documents_BT = np.zeros(shape, np.int64)  # 0 is padding
+    ids_BT = np.zeros(shape, np.int32)
+    targets_BT = np.full(shape, IGNORED, np.int32)
+    documents_BT = np.zeros(shape, np.int32)  # 0 is padding
     for row, numbers in enumerate(members):
         start = 0
         for document, number in enumerate(numbers, start=1):

@@ -146,7 +146,10 @@ class TorchSampler:
             batch.versions_T.append(drawn_from)
             is_last = t == len(uniforms_TB) - 1
             if is_last or t % LOOK_EVERY == 0:
-                batch.ids_TB, batch.logprobs_TB = static.ids_TB[:, real], static.logprobs_TB[:, real]
+                batch.ids_TB, batch.logprobs_TB = (
+                    static.ids_TB[:, real],
+                    static.logprobs_TB[:, real],
+                )
                 if is_last or batch.is_done:
                     break
 

@@ -73,9 +73,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if slopes_NV is not None and hidden_slopes_ND is not None:
                 slopes_NV[rows] = chunk.slopes_CV()
                 torch.mm(slopes_NV[rows], weight_VD, out=hidden_slopes_ND[rows])
-        ctx.save_for_backward(
-            hidden_ND, weight_VD, ids_N, logprobs_N, slopes_NV, hidden_slopes_ND
-        )
+        ctx.save_for_backward(hidden_ND, weight_VD, ids_N, logprobs_N, slopes_NV, hidden_slopes_ND)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy_N)
         return logprobs_N, entropy_N

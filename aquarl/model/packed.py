@@ -202,7 +202,9 @@ class _Spans:
             prompts += range(start, start + prompt)
             answers += range(start + prompt, end)
             start = end
-        self.prompt_rows, self.answer_rows = (_sent(x, torch.long, device) for x in (prompts, answers))
+        self.prompt_rows, self.answer_rows = (
+            _sent(x, torch.long, device) for x in (prompts, answers)
+        )
         of_prompts = [prompt for prompt, _ in lengths]
         of_groups = [sum(of_answers) for _, of_answers in lengths]
         of_answers = [length for _, group in lengths for length in group]
@@ -231,7 +233,8 @@ class _FlashAttention(torch.autograd.Function):
         ]
         y_NHK = torch.empty_like(q_NHK)
         prompt, own, other = (
-            call.forward(*qkv) for call, qkv in zip(calls, (on_prompt, on_answer, across), strict=True)
+            call.forward(*qkv)
+            for call, qkv in zip(calls, (on_prompt, on_answer, across), strict=True)
         )
         y_NHK.index_copy_(0, spans.prompt_rows, prompt.y)
         logsum_HM = torch.logaddexp(own.logsum, other.logsum)
@@ -246,7 +249,9 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        pq, pk, pv, aq, ak, av, y_prompt, logsum_prompt, y_MHK, logsum_HM, *state = ctx.saved_tensors
+        pq, pk, pv, aq, ak, av, y_prompt, logsum_prompt, y_MHK, logsum_HM, *state = (
+            ctx.saved_tensors
+        )
         spans = ctx.spans
         on_prompt, on_answer = (
             grads[0].index_select(0, rows) for rows in (spans.prompt_rows, spans.answer_rows)

@@ -19,11 +19,12 @@ def rows(config: Config, tokenizer: Tokenizer) -> tuple[RowSource, RowSource, di
     The mixture is drawn once and shuffled every epoch.
     """
     seed, context = config.run.seed, config.model.context
+    wanted = config.mid.steps * config.mid.batch_tokens // context
     refused: Counter[str] = Counter()
     train = mixture(config.data, seed, "train", refused)
     validation = mixture(config.data, seed, "validation")
     return (
-        PackedRows(lambda epoch: train, tokenizer, context, seed),
+        PackedRows(lambda epoch: train, tokenizer, context, seed, wanted),
         PackedRows(lambda epoch: validation, tokenizer, context, seed),
         dict(refused),
     )

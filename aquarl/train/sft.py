@@ -18,6 +18,7 @@ def rows(config: Config, tokenizer: Tokenizer, splits: Splits) -> tuple[RowSourc
     """Return training and validation rows. With `data.permute_options` every epoch has another
     order of options."""
     seed, context = config.run.seed, config.model.context
+    wanted = config.sft.steps * config.sft.batch_tokens // context
 
     def epoch_of_train(epoch: int) -> list[Conversation]:
         if not config.data.permute_options:
@@ -27,6 +28,6 @@ def rows(config: Config, tokenizer: Tokenizer, splits: Splits) -> tuple[RowSourc
 
     validation = [to_conversation(problem) for problem in splits.validation]
     return (
-        PackedRows(epoch_of_train, tokenizer, context, seed),
+        PackedRows(epoch_of_train, tokenizer, context, seed, wanted),
         PackedRows(lambda epoch: validation, tokenizer, context, seed),
     )
