@@ -1,14 +1,15 @@
 """Is the GPU path right, and how fast is it? One script for the first minutes on a new machine.
 
     python ray_jobs/gpu_check.py [--out gpu_check] [--minutes 7]
-    python ray_jobs/gpu_check.py --device cpu --small
+    TRITON_INTERPRET=1 python ray_jobs/gpu_check.py --device cpu --small
 
 First what must hold: a bf16 policy near its fp32 self, tokens from recorded CUDA graphs equal to
 those computed one by one, a learner's gradient near that of plain fp32, an all-reduce through NCCL
 (gloo on a CPU). Then `aquarl bench`'s rollouts, learner, step and sft at depth 8 with 65,536 words,
-the RL step of 16 prompts x 16 answers x 256 tokens, and a profile of it. Without a GPU, kernels run
-in Triton's interpreter (TRITON_INTERPRET=1). Writes OUT.json and OUT.md; what does not fit into the minutes is
-left out and named. Ends with status 1 if anything is wrong, with 2 where there is no CUDA device.
+the RL step of 16 prompts x 16 answers x 256 tokens, and a profile of it. Writes OUT.json and OUT.md
+after each part; what does not fit into the minutes is left out and named. Ends with status 1 if
+anything is wrong, with 2 where there is no CUDA device. Without one, `--device cpu` wants Triton
+and its interpreter: TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def check_gradient(work: Work, device: str) -> dict[str, Any]:
         learner = Learner(work.model().to(where), work.rl_config)
         [batch] = microbatches(work.groups(work.drawn()), work.prompts, 1, 1)
         learner._backward(on_device(batch, learner.device), {})
-        found.append({name: p.grad.cpu() for name, p in learner.model.named_parameters()})
+        weights = learner.model.named_parameters()
+        found.append({name: w.grad.cpu() for name, w in weights if w.grad is not None})
     ours, exact = found
     off = {name: float((ours[name] - g).norm() / g.norm()) for name, g in exact.items()}
     worst = max(off, key=off.__getitem__)
@@ -249,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print(
             "torch sees no CUDA device here, so there is nothing to check. "
-            "`--device cpu --small` tries the script itself.",
+            "`TRITON_INTERPRET=1 ... --device cpu --small` tries the script itself.",
             file=sys.stderr,
         )
         return 2

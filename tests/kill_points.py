@@ -116,7 +116,7 @@ class MortalWork:
     def __call__(self, config: Config, member: Member) -> None:
         from aquarl import storage
         from aquarl.cluster.stages import RayStream
-        from aquarl.rl.learner import Learner
+        from aquarl.rl.learner import Learner, Sums
 
         run = config.run.dir
         next_step, publish = RayStream.next_step, RayStream.publish
@@ -128,7 +128,7 @@ class MortalWork:
                 die_once(run, "batch taken")
             return share
 
-        def mortal_backward(self: Learner, batch: Any, sums: dict[str, float]) -> None:
+        def mortal_backward(self: Learner, batch: Any, sums: Sums) -> None:
             backward(self, batch, sums)
             if self.step >= FROM_STEP:
                 die_once(run, "after backward")

@@ -67,11 +67,17 @@ def test_weights_may_change_inside_a_generation() -> None:
 
 
 def test_forms_are_few() -> None:
-    """Prompts to a power of two, lengths to a multiple of 64."""
-    rows = [[0] * 65] * 5
-    assert Form.holding(rows, 3, Sampling(7)) == (8, 3, 128, Sampling(7))
-    assert Form.holding(rows[:1], 3, Sampling(7)) == (1, 3, 128, Sampling(7))
-    assert Form.holding([[0] * 64] * 4, 3, Sampling(7)) == (4, 3, 64, Sampling(7))
+    """Prompts to a power of two, and one recording for prompts of all lengths."""
+    assert Form.holding(5, 3, Sampling(7)) == (8, 3, Sampling(7))
+    assert Form.holding(1, 3, Sampling(7)) == (1, 3, Sampling(7))
+    sampler = TorchSampler(policy(), STOP, is_static=True)
+    seen = []
+    for length in (4, 9, 70, 4):
+        sampler.sample(prompts((length,)), seeds(1, 1), Sampling(1))
+        [static] = sampler._static.values()
+        seen.append((static.length, static))
+    assert [length for length, _ in seen] == [64, 64, 128, 128]
+    assert seen[0][1] is seen[1][1] and seen[2][1] is seen[3][1]
 
 
 @pytest.mark.gpu

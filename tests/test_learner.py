@@ -17,7 +17,7 @@ from aquarl.model.flat_weights import load_flat
 from aquarl.model.gpt import GPT
 from aquarl.records import Prompt, RolloutGroup, Sampling, TrainBatch
 from aquarl.rl.batch import build_batch
-from aquarl.rl.learner import Learner, Scorer
+from aquarl.rl.learner import Learner, Scorer, Sums
 from tests.fakes import make_group, random_ids, random_model
 
 VOCAB, STOP, G = 40, 3, 5
@@ -196,7 +196,7 @@ def count_rows(learner: Learner) -> list[int]:
     rows: list[int] = []
     backward = learner._backward
 
-    def counted(batch: TrainBatch, sums: dict[str, float]) -> None:
+    def counted(batch: TrainBatch, sums: Sums) -> None:
         rows.append(len(batch.advantages_B))
         backward(batch, sums)
 

@@ -215,7 +215,7 @@ def test_damaged_weights_stop_the_run_instead_of_being_sampled(
         weights.buffer[0] += 1.0
         return weights
 
-    run.learner.weights = damaged  # type: ignore[method-assign, assignment]
+    run.learner.weights = damaged  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="arrived damaged"):
         run.go()
     assert run.curve == {}

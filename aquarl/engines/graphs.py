@@ -6,7 +6,7 @@ noting included, if no shape changes and nothing is decided on the way. So here 
 step is a tensor, the cache has its full room from the start, and kernels of our own (`kernels.py`)
 read of it what is in use.
 
-Prompts and their lengths are rounded up, to few different sizes, each recorded once. The same code
+The number of prompts and their room are rounded up, so that few recordings do. The same code
 runs without recording in Triton's interpreter, on any CPU: that is how it is tested.
 
 Shapes: see `decoder.py`; C groups of tokens.
@@ -27,8 +27,8 @@ from aquarl.model.attention import Prefix
 from aquarl.model.gpt import norm
 from aquarl.records import Sampling
 
-PROMPT_STEP = 64
-"""Lengths of prompts are multiples of this."""
+SHORTEST = 64
+"""Room for a prompt, at least; more is some power of two."""
 WARM_UPS = 2
 """Before recording: libraries set themselves up in their first calls."""
 
@@ -38,30 +38,32 @@ class Form(NamedTuple):
 
     prompts: int
     answers: int
-    length: int
-    """Of the longest prompt."""
     sampling: Sampling
 
     @classmethod
-    def holding(cls, rows: Sequence[Sequence[int]], G: int, sampling: Sampling) -> Form:
-        """Return the smallest form in which these prompts have room."""
-        longest = max(map(len, rows))
-        return cls(
-            prompts=1 << (len(rows) - 1).bit_length(),
-            answers=G,
-            length=-(-longest // PROMPT_STEP) * PROMPT_STEP,
-            sampling=sampling,
-        )
+    def holding(cls, P: int, G: int, sampling: Sampling) -> Form:
+        """Return the smallest form in which so many prompts have room."""
+        return cls(power_of_two(P), G, sampling)
+
+
+def power_of_two(count: int) -> int:
+    """Return the least that is not below."""
+    return 1 << (count - 1).bit_length()
 
 
 class StaticBatch:
     """All tensors of a form, and its recording.
 
     Use: `begin`, then `token` as often as tokens are wanted, `sampling.max_new_tokens` at most.
+
+    Args:
+        longest: A prompt that is to have room. Shorter ones take no longer for it.
     """
 
-    def __init__(self, decoder: Decoder, form: Form) -> None:
+    def __init__(self, decoder: Decoder, form: Form, longest: int) -> None:
         self.decoder, self.form = decoder, form
+        self.length = max(SHORTEST, power_of_two(longest))
+        """Room for each prompt."""
         shape, weight_VD = decoder.shape, decoder.embedding_VD
         P, G, T = form.prompts, form.answers, form.sampling.max_new_tokens
         B, J, K = P * G, shape.kv_heads, shape.head_width
@@ -69,7 +71,7 @@ class StaticBatch:
         self.lengths_P = torch.ones(P, dtype=torch.long, device=device)
         self.caches = [
             kernels.Cache(
-                *(weight_VD.new_empty(P, J, form.length, K) for _ in range(2)),
+                *(weight_VD.new_empty(P, J, self.length, K) for _ in range(2)),
                 *(weight_VD.new_empty(P, J, G, T, K) for _ in range(2)),
             )
             for _ in decoder.layers
@@ -92,8 +94,8 @@ class StaticBatch:
         """Take new prompts, as many as the form has, and what chance there is to be."""
         self.lengths_P.copy_(prefix.lengths_P)
         for cache, (keys, values) in zip(self.caches, prefix.keys_values, strict=True):
-            cache.prompt_keys.copy_(keys)
-            cache.prompt_values.copy_(values)
+            cache.prompt_keys[:, :, : keys.shape[2]].copy_(keys)
+            cache.prompt_values[:, :, : keys.shape[2]].copy_(values)
         self.x_BD.copy_(last_hidden_PD.repeat_interleave(self.form.answers, dim=0))
         torch.mm(self.x_BD, self.decoder.model.lm_head.weight.T, out=self.logits_BV)
         self.uniforms_TB.copy_(uniforms_TB)

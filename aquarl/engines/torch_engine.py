@@ -38,7 +38,7 @@ COMPACT_BELOW = 0.8
 """Rows are copied together once this share of them, or less, is still needed."""
 
 FORMS_KEPT = 3
-"""Of static batches: prompts of two lengths in training, and an evaluation."""
+"""Of static batches: training, an evaluation, and its last prompts, which are fewer."""
 
 PROMPTS_TOGETHER = {"cpu": 4, "cuda": 1 << 20}
 """Prompts of like length that are padded to one length: few on a CPU, which computes padding."""
@@ -125,17 +125,20 @@ class TorchSampler:
         """As `_sample`, with finished rows going on unheard until all are."""
         from aquarl.engines.graphs import Form, StaticBatch, padded
 
-        form = Form.holding(rows, batch.G, sampling)
-        ids_PT, lengths_P = pad(padded(rows, form), self.device, form.length)
+        form = Form.holding(len(rows), batch.G, sampling)
+        longest = max(map(len, rows))
+        static = self._static.pop(form, None)
+        if static is None or static.length < longest:
+            while static is None and len(self._static) >= FORMS_KEPT:
+                del self._static[next(iter(self._static))]  # the one that was used least lately
+            static = None  # its room comes before the new one's
+            static = StaticBatch(self.decoder, form, longest)
+        self._static[form] = static
+        real = batch.rows_B
+        ids_PT, lengths_P = pad(padded(rows, form), self.device)
         prefix = Prefix(lengths_P)
         hidden_PTD = self.model(ids_PT, prefix)
         last_hidden_PD = hidden_PTD[torch.arange(form.prompts), lengths_P - 1]
-        if (static := self._static.pop(form, None)) is None:
-            while len(self._static) >= FORMS_KEPT:  # the one that was used least lately
-                del self._static[next(iter(self._static))]
-            static = StaticBatch(self.decoder, form)
-        self._static[form] = static
-        real = batch.rows_B
         missing = form.prompts * batch.G - len(real)
         static.begin(prefix, last_hidden_PD, F.pad(uniforms_TB, (0, missing)))
         for t in range(len(uniforms_TB)):
@@ -263,15 +266,10 @@ class _Batch:
         return versions if versions[0] != versions[-1] else ()
 
 
-def pad(
-    rows: Sequence[Sequence[int]], device: torch.device, length: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Return ragged rows as (P, T) int64, padded with 0 on the right, and their lengths (P,).
-
-    T is that of the longest, or `length` where that is more.
-    """
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ragged rows as (P, T) int64, padded with 0 on the right, and their lengths (P,)."""
     lengths_P = torch.tensor([len(row) for row in rows])
-    ids_PT = torch.zeros(len(rows), max(length, int(lengths_P.max())), dtype=torch.long)
+    ids_PT = torch.zeros(len(rows), int(lengths_P.max()), dtype=torch.long)
     for p, row in enumerate(rows):
         ids_PT[p, : len(row)] = torch.tensor(row)
     return ids_PT.to(device), lengths_P.to(device)

@@ -196,20 +196,17 @@ class _Spans:
     each sequence begins when these are put one after the other."""
 
     def __init__(self, lengths: Sequence[Lengths], device: torch.device) -> None:
-        prompts, answers, start = [], [], 0
-        for prompt, of_answers in lengths:
-            end = start + prompt + sum(of_answers)
-            prompts += range(start, start + prompt)
-            answers += range(start + prompt, end)
-            start = end
-        self.prompt_rows, self.answer_rows = (
-            _sent(x, torch.long, device) for x in (prompts, answers)
-        )
         of_prompts = [prompt for prompt, _ in lengths]
-        of_groups = [sum(of_answers) for _, of_answers in lengths]
-        of_answers = [length for _, group in lengths for length in group]
+        of_groups = [sum(answers) for _, answers in lengths]
+        of_answers = [length for _, answers in lengths for length in answers]
+        is_prompt_N = torch.tensor([True, False]).repeat(len(lengths))
+        counts = torch.tensor([of_prompts, of_groups]).T.flatten()
+        is_prompt_N = is_prompt_N.repeat_interleave(counts)
+        self.prompt_rows, self.answer_rows = (
+            _sent(is_here.nonzero()[:, 0], device) for is_here in (is_prompt_N, ~is_prompt_N)
+        )
         self.prompts, self.groups, self.answers = (
-            _Sequences(_sent([0, *accumulate(x)], torch.int32, device), max(x))
+            _Sequences(_sent(torch.tensor([0, *accumulate(x)], dtype=torch.int32), device), max(x))
             for x in (of_prompts, of_groups, of_answers)
         )
 
@@ -317,7 +314,6 @@ class _Call(NamedTuple):
         return self.queries.starts, self.keys.starts, self.queries.longest, self.keys.longest
 
 
-def _sent(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return them on the device, without waiting for what it does."""
-    tensor = torch.tensor(numbers, dtype=dtype)
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return it on the device, without waiting for what that does."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -29,7 +29,6 @@ from aquarl.records import Metrics, RolloutGroup, TrainBatch, Weights
 from aquarl.rl.batch import microbatches
 from aquarl.rl.losses import effective_fraction, kl_penalty, policy_loss
 
-
 Sums = dict[str, float | Tensor]
 
 
