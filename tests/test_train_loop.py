@@ -20,6 +20,7 @@ from aquarl.errors import ConfigError
 from aquarl.model.gpt import GPT
 from aquarl.model.modes import compile_policy
 from aquarl.model.shape import Shape
+from aquarl.observe.machine import peak_flops
 from aquarl.records import Conversation, Message, Metrics
 from aquarl.train.loop import NextTokenLoss, SupervisedTrainer, train_stage
 from tests.fakes import byte_tokenizer, random_model
@@ -155,6 +156,22 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         expected = {**alone.update(), **alone.validate()}
         for name in ("loss/train", "learner/grad_norm", "tokens/trained"):
             assert shared[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_mfu_is_logged_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = trainer()
+    assert "throughput/mfu" not in ours.update(), "a CPU's is not"
+    ours.peak_flops = 1e12
+    metrics = ours.update()
+    flops = ours.model.count()["flops_per_token"] * metrics["throughput/tokens_per_s"]
+    assert metrics["throughput/mfu"] == pytest.approx(flops / 1e12)
+    for name, peak in (
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("?", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda")) == peak
 
 
 def test_the_loss_divides_by_the_tokens_that_are_trained() -> None:

