@@ -334,7 +334,8 @@ version is shared among leases, so a run can have S stream actors, each with the
 learner ranks of its own: shard s gives prompts s, s + S, s + 2S, ... of each step, and rank r asks
 shard r mod S. The first rank publishes to all of them, one object reference each, and saves one
 frontier, which is the same position for all. What is lost is that a fast shard helps a slow one;
-`aquarl scale` would even that out by moving workers. This is a plan: it is wanted from some 16 learner GPUs on.
+`aquarl scale` would even that out by moving workers. This is a plan: it is wanted from some 16
+learner GPUs on.
 """
 
 
