@@ -49,6 +49,8 @@ H100_GROUPS_PER_S = 1560 * 16 / (30 * 60) / 8
 minutes on 8 of them. It sampled and learned in turn, so a GPU that only samples does more."""
 H100S, ROOM = 64, 10
 """Workers to be carried, and how many times their pace."""
+PATIENCE_S = 600.0
+"""For any one answer."""
 PLAYERS = 2
 
 
@@ -173,8 +175,10 @@ class Learner:
     def run(self, steps: int) -> None:
         buffer = np.zeros(1 << 20, dtype=np.uint8)
         for step in range(steps):
-            ray.get(self._stream.publish.remote(Weights(step, step + 1, buffer)))
-            ray.get(self._stream.next_step.remote(step, 0, 1))
+            ray.get(
+                self._stream.publish.remote(Weights(step, step + 1, buffer)), timeout=PATIENCE_S
+            )
+            ray.get(self._stream.next_step.remote(step, 0, 1), timeout=PATIENCE_S)
 
 
 def measure(
@@ -200,14 +204,19 @@ def measure(
         }
     )  # fmt: skip
     stream: Any = ray.remote(num_cpus=0)(PlayedStream).remote(config, lease_s)
-    ray.get(stream.begin.remote(Shape(512, 1, 64, 1, 1, 64)))
+    ray.get(stream.begin.remote(Shape(512, 1, 64, 1, 1, 64)), timeout=PATIENCE_S)
     learner: Any = ray.remote(num_cpus=0)(Learner).remote(stream)
     learner.run.remote(10**6)
-    while ray.get(stream.seen.remote())["groups"] < workers * prompts:  # until all have had a lease
+
+    def seen() -> dict[str, Any]:
+        found: dict[str, Any] = ray.get(stream.seen.remote(), timeout=PATIENCE_S)
+        return found
+
+    while seen()["groups"] < workers * prompts:  # until all have had a lease
         time.sleep(0.5)
-    first = ray.get(stream.seen.remote())
+    first = seen()
     time.sleep(seconds)
-    last = ray.get(stream.seen.remote())
+    last = seen()
     for actor in (learner, stream):
         ray.kill(actor)
     wall_s, groups = last["at"] - first["at"], last["groups"] - first["groups"]

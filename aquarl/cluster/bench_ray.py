@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import ray
 import torch
+from ray.exceptions import GetTimeoutError
 
 from aquarl.bench import floor
 from aquarl.bench.floor import Machine, measure_machine
@@ -47,6 +48,8 @@ STEPS_AHEAD = 8
 """What `workers` samples without new weights: as many steps as the staleness bound may allow."""
 
 START_TIMEOUT_S = 120.0
+PATIENCE_S = 600.0
+"""For any one answer."""
 
 ACTORS = ("StreamActor", "RolloutStream", "RolloutWorker")
 """What Ray calls the processes of a step's actors, by class or by what they call themselves."""
@@ -69,7 +72,13 @@ def bench_ray(kind: str, work: Work, *, workers: int, repeats: int, threads: int
         "gb_per_s": round(machine.bytes / 1e9, 1),
     }
     with tempfile.TemporaryDirectory(prefix="aquarl_bench_") as folder:
-        lines = list(KINDS[kind](work, f"{folder}/run", machine, workers, repeats, threads))
+        try:
+            lines = list(KINDS[kind](work, f"{folder}/run", machine, workers, repeats, threads))
+        except GetTimeoutError as error:
+            raise ClusterError(
+                f"Ray has not answered `aquarl bench {kind}` for {PATIENCE_S:.0f} s. Is the "
+                "machine busy with something else? Try a smaller --size or fewer --workers."
+            ) from error
     return [about | line | here for line in lines]
 
 
@@ -81,13 +90,13 @@ def _sync(
     parts: dict[str, list[float]] = {}
     with _ray(config), hired_stream(config, wanted=True) as actor:
         stream = RayStream(config, actor)
-        ray.get(actor.scale.remote(0))  # nobody samples meanwhile
+        ray.get(actor.scale.remote(0), timeout=PATIENCE_S)  # nobody samples meanwhile
         stream.begin(work.shape)
         stream.rewind(0, 0)
         hired = ray.remote(num_cpus=0)(_Receiver)
         receivers: list[Any] = [hired.remote(work.shape, actor, threads) for _ in range(workers)]
         stream.publish(learner.weights())  # a first time before the clock runs
-        ray.get([receiver.take.remote() for receiver in receivers])
+        ray.get([receiver.take.remote() for receiver in receivers], timeout=PATIENCE_S)
         for _ in range(repeats):
             learner.step += 1
             started = time.perf_counter()
@@ -96,7 +105,7 @@ def _sync(
             taken = [receiver.take.remote() for receiver in receivers]  # they wait for it
             stream.publish(weights)
             published = time.perf_counter()
-            seconds = ray.get(taken)
+            seconds = ray.get(taken, timeout=PATIENCE_S)
             seen = {
                 "wall_s": time.perf_counter() - started,
                 "flatten_s": flattened - started,
@@ -132,10 +141,10 @@ class _Receiver:
     def take(self) -> tuple[float, float]:
         """Wait for weights that are new here and load them. Returns the seconds to fetch them,
         from when they were told of, and to load them."""
-        offer = ray.get(self._stream.newer.remote(self._have))
+        offer = ray.get(self._stream.newer.remote(self._have), timeout=PATIENCE_S)
         assert offer.weights is not None, "the stream waits longer than a publish takes"
         told = time.perf_counter()
-        weights = ray.get(offer.weights)
+        weights = ray.get(offer.weights, timeout=PATIENCE_S)
         fetched = time.perf_counter()
         self._sampler.load_weights(weights)
         self._have = offer.identity

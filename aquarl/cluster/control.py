@@ -27,14 +27,25 @@ STOP_WAIT_S = "20"
 """How long a stopped job has to end in order before it is killed."""
 
 
+MOST_WORKERS = 1024
+"""Four times what one stream was ever seen to serve (docs/control_plane.md): more is a slip."""
+
+
 def scale(config: Config, workers: int) -> None:
     """Give the live RL run in `run.dir` this many rollout workers.
 
     Raises:
+        ConfigError: None, or more than any run has use for.
         ClusterError: No such run is live on the cluster.
     """
     if workers < 1:
         raise ConfigError(f"A run needs at least 1 rollout worker, not {workers}. Try 1.")
+    if workers > MOST_WORKERS:
+        raise ConfigError(
+            f"One stream serves {MOST_WORKERS} rollout workers at most, not {workers}: Ray would "
+            "start a process for each. Ask for what the learner can use: `aquarl status` says "
+            "whether it waits."
+        )
     _ask(config, "scale", workers)
 
 

@@ -22,9 +22,10 @@ from aquarl.records import Weights
 def flatten(model: GPT, version: int, dtype: torch.dtype = torch.float32) -> Weights:
     """Return all weights as one buffer: float32, or bfloat16 seen as uint16."""
     flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in named(model).values()])
-    # A GPU writes to pinned memory several times as fast as to other; torch keeps it for the next.
-    arrived = torch.empty_like(flat, device="cpu", pin_memory=flat.is_cuda)
-    buffer = _as_numpy(arrived.copy_(flat))
+    if flat.is_cuda:
+        # It writes to pinned memory several times as fast as to other; torch keeps it for the next.
+        flat = torch.empty_like(flat, device="cpu", pin_memory=True).copy_(flat)
+    buffer = _as_numpy(flat)
     return Weights(version=version, checksum=checksum(buffer), buffer=buffer)
 
 
