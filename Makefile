@@ -101,7 +101,7 @@ lock: python ## resolve pyproject.toml afresh into requirements.lock
 	$(call pip,$(VENV)) install --editable '.[gcp,dev]'
 	@{ sed '/^[^#]/,$$d' requirements.lock; \
 		$(call pip,$(VENV)) freeze --all --exclude pip --exclude-editable \
-		| sed -E 's/\+[a-z0-9.]+$$//' | grep -viE '^(nvidia|cuda)[-_=]'; } > $(VENV)/new.lock
+		| sed -E 's/\+[a-z0-9.]+$$//; s/^triton.*/&; sys_platform == "linux"/' | grep -viE '^(nvidia|cuda)[-_=]'; } > $(VENV)/new.lock
 	@cp $(VENV)/new.lock requirements.lock && rm -rf $(VENV)
 
 .PHONY: clean

@@ -334,17 +334,17 @@ of the rest is Ray's price of a lease, a call and a streamed item. So the first 
 beside it uses little more than a core.
 
 **What one GPU gives since.** aquarl's own engine samples 131 such groups a second on an H200 at
-depth 8, and its learner takes as many (`ray_jobs/LOG.md`, 2026-11-26). A run keeps about as many
-GPUs on one side as on the other, so a stream on a core is enough for 16 of each with 32 prompts a
-lease, and full there; 64 that only sampled would give 8,400 groups/s, four times what it carries.
+depth 8, and its learner takes as many (`ray_jobs/LOG.md`, 2026-11-26). So with 32 prompts a
+lease a stream on a core is full with 13 such workers that do not wait; 64 would give 8,400
+groups/s, four times the most it carried.
 
 **Beyond that: sharded streams.** Nothing but the position of the next prompt and the published
 version is shared among leases, so a run can have S stream actors, each with the workers and the
 learner ranks of its own: shard s gives prompts s, s + S, s + 2S, ... of each step, and rank r asks
 shard r mod S. The first rank publishes to all of them, one object reference each, and saves one
 frontier, which is the same position for all. What is lost is that a fast shard helps a slow one;
-`aquarl scale` would even that out by moving workers. This is a plan: it is wanted from some 16
-learner GPUs on.
+`aquarl scale` would even that out by moving workers. This is a plan: it is wanted where more than
+a dozen of such GPUs do nothing but sample.
 """
 
 

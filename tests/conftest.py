@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 
 # Before Ray or torch are imported; workers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Before Triton is: without a GPU, kernels are interpreted.
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell that starts this in the background has it ignore Ctrl-C, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PATIENCE_S = 300
 """How long a test waits for what should come. No promise of speed: a shared machine keeps none."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have kernels interpreted, on a CPU, unless it is a GPU's tests that were asked for."""
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
 
 TINY = """
 [data]

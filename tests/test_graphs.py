@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux alone")
 
 from aquarl.engines import kernels
 from aquarl.engines.graphs import Form
 from aquarl.engines.torch_engine import TorchSampler
 from aquarl.model.flat_weights import flatten
 from aquarl.records import Rollout, Sampling, Weights
-from tests.test_torch_engine import STOP, assert_same, policy, prompts, seeds
+from tests.fakes import random_model
+from tests.test_torch_engine import STOP, VOCAB, assert_same, policy, prompts, seeds
 
 NEW = 7
 """Few: an interpreted kernel takes a CPU some 30 ms a row and token."""
@@ -47,7 +52,16 @@ def test_new_weights_come_into_the_places_of_the_old_ones() -> None:
     assert_all_same(*after)
 
 
-def test_weights_may_change_inside_a_generation() -> None:
+def test_heads_of_any_even_width_and_shared_keys_are_the_same() -> None:
+    model = random_model(VOCAB, width=24, heads=2, kv_heads=1, context=16)
+    static, usual = (TorchSampler(deepcopy(model), STOP, is_static=x) for x in (True, False))
+    asked, drawn = prompts((4, 9)), seeds(2, 2)
+    expected = usual.sample(asked, drawn, Sampling(NEW))
+    assert_all_same(static.sample(asked, drawn, Sampling(NEW)), expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_weights_may_change_inside_a_generation(temperature: float) -> None:
     found = []
     for is_static in (True, False):
         sampler = TorchSampler(policy(), STOP, is_static=is_static)
@@ -58,7 +72,7 @@ def test_weights_may_change_inside_a_generation() -> None:
             return flatten(policy(seed=1), version=1) if len(asked) == 3 else None
 
         sampler.newer_weights = newer
-        found.append(sampler.sample(prompts((4, 9)), seeds(2, 2), Sampling(NEW)))
+        found.append(sampler.sample(prompts((4, 9)), seeds(2, 2), Sampling(NEW, temperature)))
     assert any(rollout.versions for row in found[0] for rollout in row)
     assert_all_same(*found)
     assert [[r.versions for r in row] for row in found[0]] == [

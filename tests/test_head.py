@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aquarl.model import fused, head
+from aquarl.model import head
 from aquarl.model.gpt import GPT
 from aquarl.model.head import token_logprobs
 from tests.fakes import random_ids, random_model
@@ -74,6 +74,9 @@ def test_under_autocast_weights_stay_fp32_and_so_does_their_gradient() -> None:
 def test_a_gpus_kernels_give_what_a_cpus_operations_give(
     temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("triton", reason="Triton is made for Linux alone")
+    from aquarl.model import fused
+
     monkeypatch.setattr(fused, "WORDS_AT_ONCE", 16)  # so that a row has several parts
     found = []
     for chunk in (head._FusedChunk, lambda *args: head._Chunk(*args[:4])):

@@ -172,7 +172,7 @@ class PackedRows:
         self._rows_before = [0]
         """For each epoch packed so far, and the next, how many rows came before it."""
         self._newest: tuple[int, Rows] | None = None
-        self._ahead: dict[int, Future[tuple[Rows, int]]] = {}
+        self._ahead: tuple[int, Future[tuple[Rows, int]]] | None = None
 
     @property
     def cut(self) -> int:
@@ -205,16 +205,18 @@ class PackedRows:
 
     def _pack(self, epoch: int) -> Rows:
         if self._newest is None or self._newest[0] != epoch:
-            begun = self._ahead.pop(epoch, None)
-            rows, self._cut = begun.result() if begun else self._packed(epoch)
+            is_begun = self._ahead is not None and self._ahead[0] == epoch
+            begun, self._ahead = (self._ahead, None) if is_begun else (None, self._ahead)
+            rows, self._cut = begun[1].result() if begun else self._packed(epoch)
             self._newest = epoch, rows
         return self._newest[1]
 
     def _begin(self, epoch: int) -> None:
         """Pack an epoch in a thread of its own, once, which nobody waits for at the end."""
-        if epoch in self._ahead:
+        if self._ahead is not None and self._ahead[0] == epoch:
             return
-        future = self._ahead[epoch] = Future()
+        future: Future[tuple[Rows, int]] = Future()
+        self._ahead = epoch, future
 
         def work() -> None:
             try:
@@ -226,9 +228,11 @@ class PackedRows:
 
     def _packed(self, epoch: int) -> tuple[Rows, int]:
         """Return an epoch's rows, and how many of its conversations lost their end."""
-        rendered = [self.tokenizer.render_conversation(c) for c in self._conversations(epoch)]
-        cut = sum(len(ids) > self.context + 1 for ids, _ in rendered)
-        encoded = [self._shifted(ids, is_learned) for ids, is_learned in rendered]
+        cut, encoded = 0, []
+        for conversation in self._conversations(epoch):
+            ids, is_learned = self.tokenizer.render_conversation(conversation)
+            cut += len(ids) > self.context + 1
+            encoded.append(self._shifted(ids, is_learned))
         if not encoded:
             raise DataError("There is nothing to train on: the stage's data is empty.")
         if all(target == IGNORED for _, targets in encoded for target in targets):

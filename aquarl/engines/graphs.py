@@ -1,4 +1,4 @@
-"""The same tokens as `torch_engine.py`'s loop, from tensors that keep their shapes and places.
+"""What `torch_engine.py`'s loop does, with tensors that keep their shapes and places.
 
 On a GPU a token of a small policy is hundreds of kernels of a few microseconds each, and telling
 the GPU of each takes longer than running it. A CUDA graph tells it of all at once, drawing and
@@ -24,7 +24,7 @@ from aquarl.engines import kernels
 from aquarl.engines.decoder import Decoder
 from aquarl.engines.drawing import draw_from_any, is_inverted
 from aquarl.model.attention import Prefix
-from aquarl.model.gpt import norm
+from aquarl.model.gpt import SOFT_CAP
 from aquarl.records import Sampling
 
 SHORTEST = 64
@@ -149,8 +149,10 @@ class StaticBatch:
 
     def _choose_from_all(self) -> None:
         """The seldom ways, evaluation's mostly: in torch's own operations."""
-        hidden_BD = norm(self.x_BD)
-        logits_BV = self.decoder.model.logits(hidden_BD)
+        wide_BD = self.x_BD.float()
+        eps = torch.finfo(torch.float32).eps
+        scale_B1 = wide_BD.square().mean(dim=1, keepdim=True).add_(eps).rsqrt_()
+        logits_BV = SOFT_CAP * torch.tanh(self.logits_BV.float() * (scale_B1 / SOFT_CAP))
         uniforms_B = self.uniforms_TB.index_select(0, self.step_1)[0]
         ids_B, logprobs_B = draw_from_any(logits_BV, uniforms_B, self.form.sampling)
         self.ids_TB.index_copy_(0, self.step_1, ids_B[None])

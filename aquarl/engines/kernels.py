@@ -37,7 +37,8 @@ from aquarl.model.gpt import SOFT_CAP
 from aquarl.model.shape import Shape
 
 KEYS_AT_ONCE, GROUPS_AT_ONCE, WIDE_AT_ONCE = 16, 64, 1024
-ATTEND = {"num_warps": 2}
+WARPS = 2
+"""Of `attend`: with 16 keys at once the fastest of seven on an H200 (`ray_jobs/LOG.md`)."""
 part = (lambda function: function) if triton.knobs.runtime.interpret else triton.jit
 """Of a kernel. The interpreter reads the whole language anew for each that is a kernel itself."""
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
@@ -88,10 +89,11 @@ def attend(
         HEADS=H,
         KV_HEADS=shape.kv_heads,
         K=K,
+        K_ROOM=triton.next_power_of_2(K),
         D=shape.width,
         D_ROOM=triton.next_power_of_2(shape.width),
         KEYS=KEYS_AT_ONCE,
-        **ATTEND,
+        num_warps=WARPS,
     )
 
 
@@ -170,30 +172,33 @@ def _scale(x, row, D: tl.constexpr, D_ROOM: tl.constexpr):
 
 
 @part
-def _turned_unit(head, scale, turns, K: tl.constexpr):
+def _turned_unit(head, scale, turns, K: tl.constexpr, K_ROOM: tl.constexpr):
     """Return the two dimensions of each pair of a head, normalised and turned."""
-    pair = tl.arange(0, K // 2)
-    a = tl.load(head + 2 * pair).to(tl.float32) * scale
-    b = tl.load(head + 2 * pair + 1).to(tl.float32) * scale
+    pair = tl.arange(0, K_ROOM // 2)
+    is_real = pair < K // 2
+    a = tl.load(head + 2 * pair, mask=is_real, other=0.0).to(tl.float32) * scale
+    b = tl.load(head + 2 * pair + 1, mask=is_real, other=0.0).to(tl.float32) * scale
     unit = tl.rsqrt((tl.sum(a * a) + tl.sum(b * b)) / K + EPS)
-    cos = tl.load(turns + 2 * pair)
-    sin = tl.load(turns + 2 * pair + 1)
+    cos = tl.load(turns + 2 * pair, mask=is_real, other=0.0)
+    sin = tl.load(turns + 2 * pair + 1, mask=is_real, other=0.0)
     return (a * cos - b * sin) * unit, (a * sin + b * cos) * unit
 
 
 @part
-def _look(q, keys, values, count, totals, found, K: tl.constexpr, KEYS: tl.constexpr):
+def _look(
+    q, keys, values, count, totals, found, K: tl.constexpr, K_ROOM: tl.constexpr, KEYS: tl.constexpr
+):
     """Add what a query finds among so many keys to `found` (KEYS, K), the weights to `totals`.
 
     Each place of a tile adds up for itself, so no warp waits for another before the end.
     """
-    k = tl.arange(0, K)
+    k = tl.arange(0, K_ROOM)
     for start in range(0, count, KEYS):
         s = start + tl.arange(0, KEYS)
         is_real = s < count
-        places = s[:, None] * K + k[None, :]
-        key = tl.load(keys + places, mask=is_real[:, None], other=0.0)
-        value = tl.load(values + places, mask=is_real[:, None], other=0.0)
+        places, is_there = s[:, None] * K + k[None, :], is_real[:, None] & (k < K)[None, :]
+        key = tl.load(keys + places, mask=is_there, other=0.0)
+        value = tl.load(values + places, mask=is_there, other=0.0)
         scores = tl.sum(key.to(tl.float32) * q[None, :], axis=1)
         weight = tl.where(is_real, tl.exp(scores), 0.0)
         totals += weight
@@ -219,6 +224,7 @@ def _attend(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     K: tl.constexpr,
+    K_ROOM: tl.constexpr,
     D: tl.constexpr,
     D_ROOM: tl.constexpr,
     KEYS: tl.constexpr,
@@ -231,30 +237,33 @@ def _attend(
     scale = _scale(x, row, D, D_ROOM)
     qkv += row * ((HEADS + 2 * KV_HEADS) * K)
     turns += (length + t) * K
-    pair, k = tl.arange(0, K // 2), tl.arange(0, K)
+    pair, k = tl.arange(0, K_ROOM // 2), tl.arange(0, K_ROOM)
+    is_pair, is_k = pair < K // 2, k < K
 
-    query = _turned_unit(qkv + head * K, scale, turns, K)
-    key = _turned_unit(qkv + (HEADS + kv_head) * K, scale, turns, K)
-    value = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * K + k).to(tl.float32) * scale
+    query = _turned_unit(qkv + head * K, scale, turns, K, K_ROOM)
+    key = _turned_unit(qkv + (HEADS + kv_head) * K, scale, turns, K, K_ROOM)
+    of_value = qkv + (HEADS + KV_HEADS + kv_head) * K
+    value = tl.load(of_value + k, mask=is_k, other=0.0).to(tl.float32) * scale
     cached = ((prompt * KV_HEADS + kv_head) * G + answer).to(tl.int64) * T * K
     keys += cached
     values += cached
     if head % (HEADS // KV_HEADS) == 0:
-        tl.store(keys + t * K + 2 * pair, key[0].to(keys.dtype.element_ty))
-        tl.store(keys + t * K + 2 * pair + 1, key[1].to(keys.dtype.element_ty))
-        tl.store(values + t * K + k, value.to(values.dtype.element_ty))
+        tl.store(keys + t * K + 2 * pair, key[0].to(keys.dtype.element_ty), mask=is_pair)
+        tl.store(keys + t * K + 2 * pair + 1, key[1].to(keys.dtype.element_ty), mask=is_pair)
+        tl.store(values + t * K + k, value.to(values.dtype.element_ty), mask=is_k)
 
     root = tl.sqrt(tl.full((), K, tl.float32))
     own = tl.exp((tl.sum(query[0] * key[0]) + tl.sum(query[1] * key[1])) / root)
     q = tl.interleave(query[0], query[1]) / root
-    totals, found = tl.zeros((KEYS,), tl.float32), tl.zeros((KEYS, K), tl.float32)
+    totals, found = tl.zeros((KEYS,), tl.float32), tl.zeros((KEYS, K_ROOM), tl.float32)
     of_prompt = (prompt * KV_HEADS + kv_head).to(tl.int64) * L * K
-    totals, found = _look(
-        q, prompt_keys + of_prompt, prompt_values + of_prompt, length, totals, found, K, KEYS
-    )
-    totals, found = _look(q, keys, values, t, totals, found, K, KEYS)
+    prompt_keys += of_prompt
+    prompt_values += of_prompt
+    totals, found = _look(q, prompt_keys, prompt_values, length, totals, found, K, K_ROOM, KEYS)
+    totals, found = _look(q, keys, values, t, totals, found, K, K_ROOM, KEYS)
     result = (tl.sum(found, axis=0) + value * own) / (tl.sum(totals) + own)
-    tl.store(out + row * (HEADS * K) + head * K + k, result.to(out.dtype.element_ty))
+    out += row * (HEADS * K) + head * K
+    tl.store(out + k, result.to(out.dtype.element_ty), mask=is_k)
 
 
 @triton.jit

@@ -65,7 +65,7 @@ class TorchSampler:
     ) -> None:
         is_gpu = device.startswith("cuda")
         dtype = dtype or (torch.bfloat16 if is_gpu else torch.float32)
-        self._is_static = is_gpu and can_be_static(model) if is_static is None else is_static
+        self._is_static = is_gpu and has_triton() if is_static is None else is_static
         self._static: dict[Form, StaticBatch] = {}
         self.model = model.to(device).in_precision(dtype).eval().requires_grad_(False)
         self.decoder = Decoder(self.model)
@@ -123,17 +123,10 @@ class TorchSampler:
         batch: _Batch,
     ) -> None:
         """As `_sample`, with finished rows going on unheard until all are."""
-        from aquarl.engines.graphs import Form, StaticBatch, padded
+        from aquarl.engines.graphs import Form, padded
 
         form = Form.holding(len(rows), batch.G, sampling)
-        longest = max(map(len, rows))
-        static = self._static.pop(form, None)
-        if static is None or static.length < longest:
-            while static is None and len(self._static) >= FORMS_KEPT:
-                del self._static[next(iter(self._static))]  # the one that was used least lately
-            static = None  # its room comes before the new one's
-            static = StaticBatch(self.decoder, form, longest)
-        self._static[form] = static
+        static = self._static_for(form, max(map(len, rows)))
         real = batch.rows_B
         ids_PT, lengths_P = pad(padded(rows, form), self.device)
         prefix = Prefix(lengths_P)
@@ -155,6 +148,19 @@ class TorchSampler:
                 )
                 if is_last or batch.is_done:
                     break
+
+    def _static_for(self, form: Form, longest: int) -> StaticBatch:
+        """Return the batch of a form with room for such a prompt, made anew where there is none."""
+        from aquarl.engines.graphs import StaticBatch
+
+        static = self._static.pop(form, None)
+        if static is None or static.length < longest:
+            del static  # its room is the new one's
+            while len(self._static) >= FORMS_KEPT:
+                del self._static[next(iter(self._static))]  # the one that was used least lately
+            static = StaticBatch(self.decoder, form, longest)
+        self._static[form] = static
+        return static
 
     @torch.inference_mode()
     def letter_logprobs(
@@ -184,12 +190,6 @@ class TorchSampler:
                 f"{room} positions of a model with model.context={self.model.shape.context}. "
                 "Lower max_new_tokens, or leave such problems out."
             )
-
-
-def can_be_static(model: GPT) -> bool:
-    """Whether the kernels of `graphs.py` are there, and made for such heads."""
-    K = model.shape.head_width
-    return has_triton() and K & (K - 1) == 0
 
 
 class _Batch:

@@ -20,9 +20,11 @@ from torch import Tensor
 from aquarl.model.gpt import GPT, SOFT_CAP
 from aquarl.model.modes import has_triton
 
-CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 30}
-"""Room for the fp32 logits of one chunk: about what a core's own cache holds; on a GPU so many that
-its products are large ones."""
+CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
+"""Room for the fp32 logits of one chunk: about what a core's own cache holds."""
+
+FUSED_ROWS = 4096
+"""Of one chunk where a kernel reads its bf16 logits: so many that the products are large ones."""
 
 KEPT_BYTES = 1 << 28
 """Of slopes, at most."""
@@ -67,7 +69,7 @@ class _TokenLogprobs(torch.autograd.Function):
         slopes_NV = hidden_slopes_ND = None
         if any(ctx.needs_input_grad) and N * V * weight_VD.element_size() <= KEPT_BYTES:
             slopes_NV, hidden_slopes_ND = hidden_ND.new_empty(N, V), torch.empty_like(hidden_ND)
-        for rows in _chunks(N, weight_VD):
+        for rows in _chunks(hidden_ND, V):
             chunk = _chunk(hidden_ND[rows], weight_VD, ids_N[rows], temperature)
             logprobs_N[rows], entropy_N[rows] = chunk.logprobs_C, chunk.entropy_C()
             if slopes_NV is not None and hidden_slopes_ND is not None:
@@ -88,7 +90,7 @@ class _TokenLogprobs(torch.autograd.Function):
             return hidden_grad_ND, slopes_NV.T @ scaled_ND, None, None
         hidden_grad_ND = torch.empty_like(hidden_ND)
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=grads_N1.dtype)
-        for rows in _chunks(len(ids_N), weight_VD):
+        for rows in _chunks(hidden_ND, len(weight_VD)):
             chunk = _chunk(
                 hidden_ND[rows], weight_VD, ids_N[rows], ctx.temperature, logprobs_N[rows]
             )
@@ -96,6 +98,10 @@ class _TokenLogprobs(torch.autograd.Function):
             torch.mm(slopes_CV, weight_VD, out=hidden_grad_ND[rows])
             _add_product(weight_grad_VD, slopes_CV.T, scaled_ND[rows])
         return hidden_grad_ND.mul_(grads_N1), weight_grad_VD.to(weight_VD.dtype), None, None
+
+
+def _is_fused(hidden_ND: Tensor) -> bool:
+    return hidden_ND.is_cuda and hidden_ND.dtype == torch.bfloat16 and has_triton()
 
 
 def _chunk(
@@ -106,7 +112,7 @@ def _chunk(
     logprobs_C: Tensor | None = None,
 ) -> _Chunk | _FusedChunk:
     """Return some rows of logits, for the first time or, with their logprobs, for the second."""
-    if hidden_CD.is_cuda and hidden_CD.dtype == torch.bfloat16 and has_triton():
+    if _is_fused(hidden_CD):
         return _FusedChunk(hidden_CD, weight_VD, ids_C, temperature, logprobs_C)
     return _Chunk(hidden_CD, weight_VD, ids_C, temperature)
 
@@ -187,7 +193,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _chunks(N: int, weight_VD: Tensor) -> Iterator[slice]:
-    room = CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cpu"])
-    rows = max(32, room // (4 * len(weight_VD)))
-    return (slice(start, start + rows) for start in range(0, N, rows))
+def _chunks(hidden_ND: Tensor, V: int) -> Iterator[slice]:
+    room = CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cpu"])
+    rows = FUSED_ROWS if _is_fused(hidden_ND) else max(32, room // (4 * V))
+    return (slice(start, start + rows) for start in range(0, len(hidden_ND), rows))

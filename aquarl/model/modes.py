@@ -10,8 +10,10 @@ import importlib.util
 import logging
 import os
 import shutil
+import sysconfig
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from aquarl.errors import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Names of <malloc.h>."""
+
+AMPERE = 8, 0
+"""Compute capability: what bf16 and FlashAttention need."""
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -40,8 +45,7 @@ def compile_policy(model: nn.Module, wanted: Compile) -> None:
     is_cuda = next(model.parameters()).is_cuda
     if wanted == "off" or (wanted == "auto" and not is_cuda):
         return
-    names = (os.environ.get("CC" if is_cuda else "CXX"), *(("cc", "gcc") if is_cuda else ("g++",)))
-    if any(name and shutil.which(name) for name in (*names, "clang")):
+    if has_compiler(*(("CC", "gcc") if is_cuda else ("CXX", "g++"))):
         model.compile(dynamic=False)
     elif wanted == "on":
         raise ConfigError(
@@ -55,12 +59,29 @@ def compile_policy(model: nn.Module, wanted: Compile) -> None:
         )
 
 
+def has_compiler(variable: str, usual: str) -> bool:
+    """Whether there is one: what an environment variable names, if it does, else the usual."""
+    names = [os.environ[variable]] if variable in os.environ else [usual, "clang"]
+    return any(map(shutil.which, names))
+
+
 @cache
 def has_triton() -> bool:
-    """Whether kernels can be made of our own Triton functions: it is there, and a C compiler."""
+    """Whether this machine's GPU can run our own Triton kernels; if not, says so once."""
+    lacks = None
     if importlib.util.find_spec("triton") is None:
-        return False
-    return any(name and shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang"))
+        lacks = "Triton is not installed"
+    elif not has_compiler("CC", "gcc"):
+        lacks = "there is no C compiler (Debian, Ubuntu: apt-get install gcc)"
+    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
+        lacks = "Python's headers are missing (Debian, Ubuntu: apt-get install python3-dev)"
+    elif torch.cuda.get_device_capability() < AMPERE:
+        lacks = f"{torch.cuda.get_device_name()} is older than NVIDIA's Ampere"
+    if lacks:
+        logging.getLogger(__name__).warning(
+            "The GPU samples and learns several times slower than it could: %s.", lacks
+        )
+    return lacks is None
 
 
 def accumulating(module: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:

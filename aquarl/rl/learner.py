@@ -120,8 +120,8 @@ class Learner:
         }
 
     def weights(self) -> Weights:
-        """Return the policy as one buffer, versioned by the step: in the precision that a sampler
-        on such a device computes in."""
+        """Return the policy as one buffer, versioned by the step: from a GPU in bf16, in which
+        samplers on GPUs compute. Those on CPUs, of a mixed pool, sample from the same numbers."""
         is_gpu = self.device.type == "cuda"
         return flatten(self.model, self.step, torch.bfloat16 if is_gpu else torch.float32)
 
@@ -154,7 +154,7 @@ class Learner:
         loss, plots = policy_loss(logprobs_BT, batch, self.config)
         plots = plots | {"policy/entropy": entropy / batch.tokens_in_step}
         if self.reference and self.config.kl_weight:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(self.device):
                 reference_logprobs_BT, _ = self.reference(batch)
             penalty = kl_penalty(logprobs_BT, reference_logprobs_BT, batch)
             loss = loss + self.config.kl_weight * penalty
