@@ -195,6 +195,19 @@ def test_a_run_against_its_own_copy_differs_in_nothing(
     assert list((copy / "wandb").glob(f"offline-run-*-{kept}"))
 
 
+def test_the_tokenizer_has_a_run_of_its_own_and_says_how_it_compresses(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    settings = (f"run.dir={run}", "tokenizer.vocab_size=480", "track.wandb=offline")
+    assert main(["tokenizer", "--config", tiny, *settings]) == 0
+    assert "vocabulary 480  bytes_per_token " in capsys.readouterr().err
+    kept = json.loads((run / "wandb.json").read_text())["tokenizer"]
+    assert list((run / "wandb").glob(f"offline-run-*-{kept}"))
+    result = json.loads((run / "results/tokenizer.json").read_text())
+    assert 1.5 < result["metrics"]["bytes_per_token"] < 8
+
+
 @pytest.mark.slow
 def test_stages_one_by_one_give_the_weights_of_the_pipeline(
     finished_run: Path, tiny: str, tmp_path: Path

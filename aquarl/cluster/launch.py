@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import fsspec
@@ -36,6 +37,8 @@ from aquarl.config import Config
 from aquarl.errors import ClusterError
 
 TOKENIZER_WITHIN_S = 2 * 3600.0
+CHARACTERS_LOOKED_AT = 100_000
+"""For how many bytes a token of the new vocabulary stands, of what it was trained on."""
 
 # What needs torch and ray.train (seconds to import) is imported where it is used: after Ray has
 # been started and while its first task runs.
@@ -116,10 +119,18 @@ def tokenizer_stage(config: Config, relay: Any, since: float) -> float:
     """Train the vocabulary on some of the corpus and of the task. Returns when it was finished."""
     from aquarl.cluster.relay import say_finished
     from aquarl.data.tokenizer import Tokenizer
+    from aquarl.observe.metrics import make_trackers
 
     tokenizer = Tokenizer.train(tokenizer_texts(config), config.tokenizer.vocab_size)
     tokenizer.save(tokenizer_folder(config))
-    line = record(config, "tokenizer", since, {"vocabulary": tokenizer.vocab_size})
+    some = "\n".join(islice(tokenizer_texts(config), 1000))[:CHARACTERS_LOOKED_AT]
+    metrics = {
+        "vocabulary": tokenizer.vocab_size,
+        "bytes_per_token": len(some.encode()) / len(tokenizer.encode(some)),
+    }
+    with make_trackers(config) as trackers:
+        trackers.log("tokenizer", 0, metrics)
+    line = record(config, "tokenizer", since, metrics)
     say_finished(relay, "tokenizer", 0, line)
     return finished_at(config, "tokenizer")
 

@@ -44,7 +44,13 @@ WITHOUT_EFFECT = {
 """Keys that may change between runs and make no other policy, but for rounding."""
 Settings = dict[str, dict[str, Any]]
 """Values by section and key."""
-HEADLINES = ("vocabulary", "loss/validation", "loss/bits_per_byte", "validation/accuracy")
+HEADLINES = (
+    "vocabulary",
+    "bytes_per_token",
+    "loss/validation",
+    "loss/bits_per_byte",
+    "validation/accuracy",
+)
 
 
 def tokenizer_folder(config: Config) -> str:
@@ -139,7 +145,11 @@ def record(config: Config, stage: str, since: float, metrics: Metrics, **facts: 
         **facts,
     }
     put_json(f"{config.run.dir}/results/{stage}.json", summary)
-    numbers = "  ".join(f"{name} {metrics[name]:.4g}" for name in HEADLINES if name in metrics)
+    shown = {name: metrics[name] for name in HEADLINES if name in metrics}
+    numbers = "  ".join(
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}"
+        for name, value in shown.items()
+    )
     return f"{stage:>9}  done in {finished - since:5.1f} s  {numbers}"
 
 
