@@ -8,6 +8,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from aquarl.config import Config, EvaluateConfig, to_toml
 from aquarl.errors import DataError, StorageError
@@ -272,6 +273,17 @@ def test_a_run_in_a_bucket_is_reported_there() -> None:
     fs, folder = fsspec.url_to_fs(run_dir)
     assert "| base | 10 | - | - | 4.0 s | - |" in fs.cat_file(f"{folder}/report.md").decode()
     assert fs.cat_file(f"{folder}/plots/loss.png").startswith(PNG)
+
+
+def test_a_bucket_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: object, *args: object, **settings: object) -> bytes:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fails)
+    with pytest.raises(
+        StorageError, match=r"Could not read memory://there/metrics\.jsonl: no answer"
+    ):
+        write_report("memory://there")
 
 
 def test_a_curve_skips_what_is_not_a_number() -> None:

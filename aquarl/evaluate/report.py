@@ -14,16 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec import AbstractFileSystem
-
 from aquarl.errors import DataError
 from aquarl.evaluate.page import markdown
 from aquarl.evaluate.plots import all_plots
 from aquarl.observe.ledger import read_ledger
 from aquarl.observe.machine import environment
 from aquarl.observe.metrics import read_metrics
-from aquarl.storage import put
+from aquarl.storage import find, get, put
 
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
 FINAL = (
@@ -48,7 +45,7 @@ def write_report(run_dir: str) -> str:
 
     Raises:
         DataError: The directory holds nothing of a run, or a result in it is damaged.
-        StorageError: The report cannot be written there.
+        StorageError: The report cannot be written there, or nobody can tell what is there.
     """
     facts = gather(run_dir)
     plots = all_plots(facts.pop("curves"), facts.pop("ledger"), facts["evaluation"])
@@ -64,10 +61,10 @@ def write_report(run_dir: str) -> str:
 
 def gather(run_dir: str) -> dict[str, Any]:
     """Return everything that the page is made of. Raises: DataError, as in `write_report`."""
-    fs, folder = fsspec.url_to_fs(run_dir)
+    folder = run_dir.rstrip("/")
     curves = read_metrics(run_dir)
-    results = {stage: _result(fs, f"{folder}/results/{stage}.json") for stage in STAGES}
-    evaluation = _result(fs, f"{folder}/results/evaluate.json")
+    results = {stage: _result(f"{folder}/results/{stage}.json") for stage in STAGES}
+    evaluation = _result(f"{folder}/results/evaluate.json")
     if not curves and not evaluation and not any(results.values()):
         raise DataError(
             f"{run_dir} holds no metrics and no results, so there is nothing to report. "
@@ -77,7 +74,7 @@ def gather(run_dir: str) -> dict[str, Any]:
     if stages := evaluation.get("stages"):
         whole = {stage: result for stage, result in stages.items() if "greedy" in result}
         evaluation = evaluation | {"stages": whole}
-    config = _text(fs, f"{folder}/config.toml")
+    config = _text(f"{folder}/config.toml")
     price = _price_per_hour(config)
     stages = {
         stage: _stage_facts(stage, results[stage], curves.get(stage, []), price)
@@ -85,12 +82,12 @@ def gather(run_dir: str) -> dict[str, Any]:
         if results[stage] or stage in curves
     }
     return {
-        "run": folder.rstrip("/").rsplit("/", 1)[-1],
+        "run": folder.rsplit("/", 1)[-1],
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "stages": stages,
         "evaluation": evaluation,
         "environment": environment(),
-        "transcript": _last_transcript(fs, folder),
+        "transcript": _last_transcript(folder),
         "config": config,
         "ledger": read_ledger(run_dir),
         "curves": {stage: curves[stage] for stage in (*STAGES, *curves) if stage in curves},
@@ -146,8 +143,8 @@ def _last(rows: list[dict[str, Any]], name: str, summary: dict[str, Any]) -> flo
     return summary.get(name, values[-1] if values else None)
 
 
-def _result(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
-    text = _text(fs, path)
+def _result(path: str) -> dict[str, Any]:
+    text = _text(path)
     try:
         result = json.loads(text) if text else {}
         if not isinstance(result, dict):
@@ -160,9 +157,9 @@ def _result(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
     return result
 
 
-def _text(fs: AbstractFileSystem, path: str) -> str:
+def _text(path: str) -> str:
     try:
-        return str(fs.cat_file(path).decode(errors="replace"))
+        return get(path).decode(errors="replace")
     except FileNotFoundError:
         return ""
 
@@ -174,10 +171,11 @@ def _price_per_hour(config: str) -> float:
         return 0.0
 
 
-def _last_transcript(fs: AbstractFileSystem, folder: str) -> dict[str, Any]:
-    paths = sorted(fs.glob(f"{folder}/transcripts/step_*.jsonl"))
+def _last_transcript(folder: str) -> dict[str, Any]:
+    names = sorted(path.rsplit("/", 1)[-1] for path in find(f"{folder}/transcripts"))
     try:
-        row = json.loads(_text(fs, paths[-1]).splitlines()[0]) if paths else {}
+        text = _text(f"{folder}/transcripts/{names[-1]}") if names else ""
+        row = json.loads(text.splitlines()[0]) if text else {}
     except (ValueError, IndexError):
         return {}
     return row if isinstance(row, dict) else {}

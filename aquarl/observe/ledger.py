@@ -13,11 +13,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import fsspec
-
 from aquarl.errors import DataError
 from aquarl.records import Lease, RolloutGroup
-from aquarl.storage import put
+from aquarl.storage import get, put
 
 
 class Ledger:
@@ -36,9 +34,10 @@ class Ledger:
         """How much of the file stands; steps are in order, so what does not is its end."""
 
     def _written(self) -> bytes:
-        fs, path = fsspec.url_to_fs(self._path)
-        body: bytes = fs.cat_file(path) if fs.exists(path) else b""
-        return body
+        try:
+            return get(self._path)
+        except FileNotFoundError:
+            return b""
 
     def add(
         self, step: int, groups: Sequence[RolloutGroup], set_aside: Sequence[Lease] = ()
@@ -83,13 +82,12 @@ class Ledger:
 def read_ledger(run_dir: str) -> list[dict[str, Any]]:
     """Return the rows of a run's ledger in the order of training; none before RL.
 
-    Raises: DataError, when a line is damaged.
+    Raises: DataError, when a line is damaged; StorageError, where nobody can tell.
     """
     place = f"{run_dir.rstrip('/')}/ledger.jsonl"
-    fs, path = fsspec.url_to_fs(place)
     rows: list[dict[str, Any]] = []
     try:
-        lines = fs.cat_file(path).splitlines()
+        lines = get(place).splitlines()
     except FileNotFoundError:
         return rows
     for number, line in enumerate(lines, start=1):

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from aquarl.config import Config
+from aquarl.storage import get
 
 logger = logging.getLogger(__name__)
 
@@ -163,11 +164,11 @@ def read_metrics(run_dir: str) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of each stage in order of step; empty where no stage has logged.
 
     Rows of one step are merged, the later winning: a resumed stage logs its last steps again.
-    Half a line, left by a killed process, is passed over.
+    Half a line, left by a killed process, is passed over. Raises: StorageError, where nobody can
+    tell what is there.
     """
-    fs, folder = fsspec.url_to_fs(run_dir)
     try:
-        lines = fs.cat_file(f"{folder.rstrip('/')}/metrics.jsonl").splitlines()
+        lines = get(f"{run_dir.rstrip('/')}/metrics.jsonl").splitlines()
     except FileNotFoundError:
         return {}
     stages: dict[str, dict[int, dict[str, Any]]] = {}

@@ -25,7 +25,7 @@ from aquarl.model.gpt import GPT
 from aquarl.records import Conversation, Message
 from aquarl.serve.hf import hf_files
 from aquarl.serve.nanochat import nanochat_files, read_nanochat
-from aquarl.storage import put_together
+from aquarl.storage import get, put_together
 
 Format = Literal["hf", "nanochat"]
 
@@ -215,9 +215,8 @@ def _largest_difference(a_BTV: Tensor, b_BTV: Tensor) -> float:
 
 def _figures(run_dir: str, stage: str) -> dict[str, Any]:
     """Return what `report.json` says was measured of a stage: its split, and training's end."""
-    fs, path = fsspec.url_to_fs(f"{run_dir}/report.json")
     try:
-        report = json.loads(fs.cat_file(path))
+        report = json.loads(get(f"{run_dir}/report.json"))
         evaluation = report.get("evaluation", {})
         measured = evaluation.get("stages", {}).get(stage, {})
         final = report.get("stages", {}).get(stage, {}).get("final", {})
