@@ -164,6 +164,10 @@ class SupervisedConfig(OptimConfig):
     eval_rows: PositiveInt = 64
     save_every: PositiveInt = 200
 
+    def rows_in_step(self, context: int) -> int:
+        """Return how many rows of so many positions a step is, unless more workers share it."""
+        return max(1, self.batch_tokens // context)
+
 
 class Workers(Section):
     """How many workers: one count, or the least and the most, as `{min = 1, max = 4}`."""

@@ -41,13 +41,12 @@ from aquarl.records import Rollout
 from aquarl.rl.batch import microbatches
 from aquarl.rl.learner import Learner, on_device
 
-GRADIENT_GAP = 0.1
-"""Of any weight's gradient, relative: bf16 keeps 8 bits, and each passes through many products."""
-
 Check = Callable[[Work, str], dict[str, Any]]
 
 BF16_GAP = 0.05
 """Nats a token, mean: how far a bf16 policy may be from its fp32 self on the same tokens."""
+GRADIENT_GAP = 0.1
+"""Of any weight's gradient, relative: bf16 keeps 8 bits, and each passes through many products."""
 
 
 def check_precision(work: Work, device: str) -> dict[str, Any]:

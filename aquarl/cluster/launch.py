@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain
 from typing import Any
 
 import fsspec
@@ -118,12 +118,15 @@ def _tokenizer_done(config: Config, words: Any) -> float:
 def tokenizer_stage(config: Config, relay: Any, since: float) -> float:
     """Train the vocabulary on some of the corpus and of the task. Returns when it was finished."""
     from aquarl.cluster.relay import say_finished
+    from aquarl.data.batches import some_of
     from aquarl.data.tokenizer import Tokenizer
     from aquarl.observe.metrics import make_trackers
 
-    tokenizer = Tokenizer.train(tokenizer_texts(config), config.tokenizer.vocab_size)
+    texts = tokenizer_texts(config)
+    first = some_of(texts, CHARACTERS_LOOKED_AT)
+    tokenizer = Tokenizer.train(chain(first, texts), config.tokenizer.vocab_size)
     tokenizer.save(tokenizer_folder(config))
-    some = "\n".join(islice(tokenizer_texts(config), 1000))[:CHARACTERS_LOOKED_AT]
+    some = "\n".join(first)[:CHARACTERS_LOOKED_AT]
     metrics = {
         "vocabulary": tokenizer.vocab_size,
         "bytes_per_token": len(some.encode()) / len(tokenizer.encode(some)),

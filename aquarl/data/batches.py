@@ -83,7 +83,7 @@ def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, path: Path, at_
         with aside.open("wb") as file:
             left = iter(documents)
             while written < at_most:
-                batch = _some(left, min(CHARACTERS_AT_A_TIME, at_most - written))
+                batch = some_of(left, min(CHARACTERS_AT_A_TIME, at_most - written))
                 if not batch:
                     break
                 for encoded in tokenizer.encode_batch(batch):
@@ -100,7 +100,7 @@ def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, path: Path, at_
     return written
 
 
-def _some(documents: Iterator[str], characters: int) -> list[str]:
+def some_of(documents: Iterator[str], characters: int) -> list[str]:
     """Return the next documents, until they have so many characters or there are no more."""
     taken: list[str] = []
     for document in documents:
@@ -205,9 +205,10 @@ class PackedRows:
 
     def _pack(self, epoch: int) -> Rows:
         if self._newest is None or self._newest[0] != epoch:
-            is_begun = self._ahead is not None and self._ahead[0] == epoch
-            begun, self._ahead = (self._ahead, None) if is_begun else (None, self._ahead)
-            rows, self._cut = begun[1].result() if begun else self._packed(epoch)
+            if self._ahead is not None and self._ahead[0] == epoch:
+                rows, self._cut = self._ahead[1].result()
+            else:
+                rows, self._cut = self._packed(epoch)
             self._newest = epoch, rows
         return self._newest[1]
 

@@ -7,6 +7,7 @@ of a model card from `report.json`. What was not run is left out.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import tomllib
@@ -172,7 +173,8 @@ def _price_per_hour(config: str) -> float:
 
 
 def _last_transcript(folder: str) -> dict[str, Any]:
-    names = sorted(path.rsplit("/", 1)[-1] for path in find(f"{folder}/transcripts"))
+    names = [path.rsplit("/", 1)[-1] for path in find(f"{folder}/transcripts")]
+    names = sorted(fnmatch.filter(names, "step_*.jsonl"))
     try:
         text = _text(f"{folder}/transcripts/{names[-1]}") if names else ""
         row = json.loads(text.splitlines()[0]) if text else {}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aquarl.config import Compile
 from aquarl.errors import ConfigError
@@ -82,6 +82,11 @@ def has_triton() -> bool:
             "The GPU samples and learns several times slower than it could: %s.", lacks
         )
     return lacks is None
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return it on the device; a GPU fetches it while this goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def accumulating(module: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aquarl.model.modes import AMPERE
+from aquarl.model.modes import AMPERE, sent
 
 Lengths = tuple[int, tuple[int, ...]]
 """Of a prompt, and of its answers as they stand in the row: some may be 0."""
@@ -197,8 +197,7 @@ def _way_back(
 
 
 class _Spans:
-    """Where the prompts and answers of a row stand, as FlashAttention wants it: places, and where
-    each sequence begins when these are put one after the other."""
+    """Where the prompts and answers of a row stand, and FlashAttention's three calls over them."""
 
     def __init__(self, lengths: Sequence[Lengths], device: torch.device) -> None:
         of_prompts = [prompt for prompt, _ in lengths]
@@ -208,12 +207,15 @@ class _Spans:
         counts = torch.tensor([of_prompts, of_groups]).T.flatten()
         is_prompt_N = is_prompt_N.repeat_interleave(counts)
         self.prompt_rows, self.answer_rows = (
-            _sent(is_here.nonzero()[:, 0], device) for is_here in (is_prompt_N, ~is_prompt_N)
+            sent(is_here.nonzero()[:, 0], device) for is_here in (is_prompt_N, ~is_prompt_N)
         )
-        self.prompts, self.groups, self.answers = (
-            _Sequences(_sent(torch.tensor([0, *accumulate(x)], dtype=torch.int32), device), max(x))
+        prompts, groups, answers = (
+            _Sequences(sent(torch.tensor([0, *accumulate(x)], dtype=torch.int32), device), max(x))
             for x in (of_prompts, of_groups, of_answers)
         )
+        self.prompts_alone = _Call(prompts, prompts, is_causal=True)
+        self.answers_alone = _Call(answers, answers, is_causal=True)
+        self.across = _Call(groups, prompts, is_causal=False)
 
 
 class _Sequences(NamedTuple):
@@ -228,22 +230,15 @@ class _FlashAttention(torch.autograd.Function):
         on_prompt = [x.index_select(0, spans.prompt_rows) for x in (q_NHK, k_NHK, v_NHK)]
         on_answer = [x.index_select(0, spans.answer_rows) for x in (q_NHK, k_NHK, v_NHK)]
         across = [on_answer[0], *on_prompt[1:]]
-        calls = [
-            _Call(spans.prompts, spans.prompts, is_causal=True),
-            _Call(spans.answers, spans.answers, is_causal=True),
-            _Call(spans.groups, spans.prompts, is_causal=False),
-        ]
+        prompt = spans.prompts_alone.forward(*on_prompt)
+        own, other = spans.answers_alone.forward(*on_answer), spans.across.forward(*across)
         y_NHK = torch.empty_like(q_NHK)
-        prompt, own, other = (
-            call.forward(*qkv)
-            for call, qkv in zip(calls, (on_prompt, on_answer, across), strict=True)
-        )
         y_NHK.index_copy_(0, spans.prompt_rows, prompt.y)
         logsum_HM = torch.logaddexp(own.logsum, other.logsum)
         share_MH1 = (other.logsum - logsum_HM).exp().T[:, :, None]
         y_MHK = own.y.lerp(other.y, share_MH1.to(own.y.dtype))
         y_NHK.index_copy_(0, spans.answer_rows, y_MHK)
-        ctx.calls, ctx.spans = calls, spans
+        ctx.spans = spans
         ctx.save_for_backward(
             *on_prompt, *on_answer, prompt.y, prompt.logsum, y_MHK, logsum_HM, *prompt.state
         )
@@ -258,10 +253,11 @@ class _FlashAttention(torch.autograd.Function):
         on_prompt, on_answer = (
             grads[0].index_select(0, rows) for rows in (spans.prompt_rows, spans.answer_rows)
         )
-        prompts, answers, across = ctx.calls
-        of_prompt = prompts.backward(on_prompt, pq, pk, pv, y_prompt, logsum_prompt, state)
-        of_own = answers.backward(on_answer, aq, ak, av, y_MHK, logsum_HM, state)
-        of_other = across.backward(on_answer, aq, pk, pv, y_MHK, logsum_HM, state)
+        of_prompt = spans.prompts_alone.backward(
+            on_prompt, pq, pk, pv, y_prompt, logsum_prompt, state
+        )
+        of_own = spans.answers_alone.backward(on_answer, aq, ak, av, y_MHK, logsum_HM, state)
+        of_other = spans.across.backward(on_answer, aq, pk, pv, y_MHK, logsum_HM, state)
         whole = []
         for number in range(3):
             grad_NHK = torch.empty_like(grads[0])
@@ -317,8 +313,3 @@ class _Call(NamedTuple):
 
     def _places(self) -> tuple[Tensor, Tensor, int, int]:
         return self.queries.starts, self.keys.starts, self.queries.longest, self.keys.longest
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return it on the device, without waiting for what that does."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -22,7 +22,7 @@ from aquarl.config import RLConfig
 from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT
 from aquarl.model.head import token_logprobs
-from aquarl.model.modes import accumulating, autocast
+from aquarl.model.modes import accumulating, autocast, sent
 from aquarl.model.optim import Optimizer, clip_gradients, lr_at
 from aquarl.model.packed import Packed
 from aquarl.records import Metrics, RolloutGroup, TrainBatch, Weights
@@ -167,10 +167,8 @@ class Learner:
 
 def on_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
     """Return the batch with all its tensors there; a GPU fetches them while this goes on."""
-    if device.type == "cpu":
-        return batch
     tensors: dict[str, Any] = {
-        name: value.pin_memory().to(device, non_blocking=True)
+        name: sent(value, device)
         for name, value in vars(batch).items()
         if isinstance(value, Tensor)
     }

@@ -76,11 +76,12 @@ class SupervisedTrainer:
         self.shared_loss = self.parallel(self.loss)
         self.optimizer = Optimizer(self.model, self.config)
         self.bytes_V = torch.tensor(self.tokenizer.bytes_per_token, device=self.device)
+        self.flops_per_token = self.model.count()["flops_per_token"]
         self.peak_flops = peak_flops(self.device)
 
     @property
     def rows_in_step(self) -> int:
-        return max(self.world, self.config.batch_tokens // self.train.context)
+        return max(self.world, self.config.rows_in_step(self.train.context))
 
     def update(self) -> Metrics:
         """Do one optimizer step. Returns what to plot about it."""
@@ -111,7 +112,7 @@ class SupervisedTrainer:
             "time/step_s": seconds,
         }
         if self.peak_flops:  # model FLOPs utilisation, arXiv:2204.02311 appendix B
-            flops = self.model.count()["flops_per_token"] * tokens_per_s
+            flops = self.flops_per_token * tokens_per_s
             metrics["throughput/mfu"] = flops / (self.peak_flops * self.world)
         return metrics
 

@@ -19,7 +19,7 @@ def rows(config: Config, tokenizer: Tokenizer) -> tuple[RowSource, RowSource, di
     The mixture is drawn once and shuffled every epoch.
     """
     seed, context = config.run.seed, config.model.context
-    wanted = config.mid.steps * max(1, config.mid.batch_tokens // context)
+    wanted = config.mid.steps * config.mid.rows_in_step(context)
     refused: Counter[str] = Counter()
     train = mixture(config.data, seed, "train", refused)
     validation = mixture(config.data, seed, "validation")

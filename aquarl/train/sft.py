@@ -18,7 +18,7 @@ def rows(config: Config, tokenizer: Tokenizer, splits: Splits) -> tuple[RowSourc
     """Return training and validation rows. With `data.permute_options` every epoch has another
     order of options."""
     seed, context = config.run.seed, config.model.context
-    wanted = config.sft.steps * max(1, config.sft.batch_tokens // context)
+    wanted = config.sft.steps * config.sft.rows_in_step(context)
 
     def epoch_of_train(epoch: int) -> list[Conversation]:
         if not config.data.permute_options:
