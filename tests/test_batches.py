@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from aquarl.data import batches
 from aquarl.data.batches import IGNORED, PackedRows, Rows, RowSource, TokenFile, pack, write_tokens
+from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import DataError, StorageError
 from aquarl.records import Conversation, Message
 from tests.conftest import PATIENCE_S
@@ -117,7 +119,40 @@ def test_a_file_appears_whole_or_not(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No space left on device"):
         write_tokens(documents(), TOKENIZER, path, 100)
     assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["tokens.bin"]
+
+
+@pytest.mark.parametrize("torn", [0, 1, 2, 3])
+def test_what_a_killed_run_encoded_is_not_encoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: int
+) -> None:
+    monkeypatch.setattr(batches, "CHARACTERS_AT_A_TIME", 8)
+    monkeypatch.setattr(batches, "TOKENS_AT_A_TIME", 5)
+    texts = [("", "a", "bc", "a long one", "def")[i % 5] + str(i) for i in range(40)]
+    encoded: list[str] = []
+
+    class Watched(Tokenizer):
+        def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+            encoded.extend(texts)
+            return super().encode_batch(texts)
+
+    def until_killed() -> Iterator[str]:
+        yield from texts[:25]
+        raise KeyboardInterrupt
+
+    tokenizer = Watched(TOKENIZER.ranks, TOKENIZER.pattern)
+    whole, path = tmp_path / "whole.bin", tmp_path / "tokens.bin"
+    tokens = write_tokens(texts, TOKENIZER, whole, at_most=190)
+    with pytest.raises(KeyboardInterrupt):
+        write_tokens(until_killed(), tokenizer, path, at_most=190)
+    assert encoded and not path.exists()
+    (aside,) = tmp_path.glob("*.writing")
+    with aside.open("ab") as file:
+        file.truncate(aside.stat().st_size - torn)
+    before = len(encoded)
+    assert write_tokens(texts, tokenizer, path, at_most=190) == tokens
+    assert path.read_bytes() == whole.read_bytes()
+    assert encoded[before:] == texts[before - 1 : len(encoded) - 1]  # the last may be half
+    assert sorted(tmp_path.iterdir()) == [path, whole]
 
 
 # PackedRows
@@ -216,7 +251,7 @@ def test_no_document_is_cut_or_crossed_by_another() -> None:
 
 def test_packing_fills_rows_in_order() -> None:
     """By hand, T = 5: 3 and 2 fill a row, 4 opens the next, 1 fills it."""
-    rows = pack([([7] * n, [8] * n) for n in (3, 2, 4, 1)], context=5)
+    rows = pack([(np.full(n, 7), np.full(n, 8)) for n in (3, 2, 4, 1)], context=5)
     assert rows.documents_BT is not None
     assert rows.documents_BT.tolist() == [[1, 1, 1, 2, 2], [1, 1, 1, 1, 2]]
     assert rows.trained_tokens == 10

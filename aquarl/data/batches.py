@@ -9,7 +9,9 @@ PackedRows     whole conversations, several to a row, kept apart by their docume
 
 from __future__ import annotations
 
+import itertools
 import random
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -29,6 +31,8 @@ IGNORED = -1
 """Target of a position that is not trained."""
 CHARACTERS_AT_A_TIME = 1 << 20
 """Of documents that are encoded side by side, on all cores."""
+TOKENS_AT_A_TIME = 1 << 24
+"""Of a file that is looked through."""
 
 
 @dataclass(frozen=True)
@@ -70,34 +74,49 @@ class RowSource(Protocol):
 def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, path: Path, at_most: int) -> int:
     """Encode documents into a file of little-endian uint16 or uint32, each led by <|bos|>.
 
-    Stops after `at_most` tokens. Returns how many were written. The file appears whole or not.
+    Stops after `at_most` tokens. Returns how many there are. The file appears whole or not: until
+    then it grows beside, and a call that was cut off goes on there, if the documents are the same.
 
     Raises:
         StorageError: The disk is full or forbidden.
     """
-    dtype = _token_dtype(tokenizer.vocab_size)
-    aside = path.with_suffix(".writing")
-    written = 0
+    # By machine: where several share a disk, each writes its own, and the last one stays.
+    aside = path.with_suffix(f".{socket.gethostname()}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            left = iter(documents)
+        aside.touch()
+        done, written = _encoded_before(aside, tokenizer)
+        with aside.open("ab") as file:
+            file.truncate(written * _token_dtype(tokenizer.vocab_size).itemsize)
+            left = itertools.islice(documents, done, None)
             while written < at_most:
                 batch = some_of(left, min(CHARACTERS_AT_A_TIME, at_most - written))
                 if not batch:
                     break
                 for encoded in tokenizer.encode_batch(batch):
                     ids = [tokenizer.bos, *encoded][: at_most - written]
-                    np.asarray(ids, dtype=dtype).tofile(file)
+                    np.asarray(ids, dtype=_token_dtype(tokenizer.vocab_size)).tofile(file)
                     written += len(ids)
         aside.rename(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise StorageError(
-            f"Could not write tokens to {path}: {error.strerror or error}. "
-            "Free some space or choose another run.dir, then start the same command again."
+            f"Could not write tokens to {path}: {error.strerror or error}. What is encoded stays "
+            "beside it. Free some space, then start the same command again, and it goes on there."
         ) from error
     return written
+
+
+def _encoded_before(path: Path, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return how many documents, and how many tokens of them, a file holds whole for sure: all but
+    its last, as each begins with a <|bos|> that no text can hold."""
+    dtype = _token_dtype(tokenizer.vocab_size)
+    begun = last = 0
+    for start in range(0, path.stat().st_size // dtype.itemsize, TOKENS_AT_A_TIME):
+        tokens = np.fromfile(path, dtype, TOKENS_AT_A_TIME, offset=start * dtype.itemsize)
+        (places,) = np.nonzero(tokens == tokenizer.bos)
+        if len(places):
+            begun, last = begun + len(places), start + int(places[-1])
+    return max(begun - 1, 0), last
 
 
 def some_of(documents: Iterator[str], characters: int) -> list[str]:
@@ -236,7 +255,7 @@ class PackedRows:
             encoded.append(self._shifted(ids, is_learned))
         if not encoded:
             raise DataError("There is nothing to train on: the stage's data is empty.")
-        if all(target == IGNORED for _, targets in encoded for target in targets):
+        if all((targets == IGNORED).all() for _, targets in encoded):
             raise DataError(
                 f"No conversation has an answer within its first {self.context} tokens, so there "
                 "is nothing to learn. Set a larger model.context."
@@ -244,14 +263,14 @@ class PackedRows:
         random.Random(f"{self.seed} {epoch}").shuffle(encoded)
         return pack(encoded, self.context), cut
 
-    def _shifted(self, ids: list[int], is_learned: list[bool]) -> tuple[list[int], list[int]]:
-        """Return inputs and targets, one position apart."""
-        ids, is_learned = ids[: self.context + 1], is_learned[: self.context + 1]
-        targets = [i if learn else IGNORED for i, learn in zip(ids, is_learned, strict=True)]
-        return ids[:-1], targets[1:]
+    def _shifted(self, ids: list[int], is_learned: list[bool]) -> tuple[np.ndarray, np.ndarray]:
+        """Return inputs and targets, one position apart: arrays, as an epoch can be large."""
+        tokens = np.array(ids[: self.context + 1], np.int32)
+        targets = np.where(is_learned[: self.context + 1], tokens, np.int32(IGNORED))
+        return tokens[:-1], targets[1:]
 
 
-def pack(encoded: Sequence[tuple[list[int], list[int]]], context: int) -> Rows:
+def pack(encoded: Sequence[tuple[np.ndarray, np.ndarray]], context: int) -> Rows:
     """Fill rows with whole documents, in order, each into the newest of the last rows with room.
 
     Args:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from aquarl.config import Config
-from aquarl.storage import get
+from aquarl.storage import get, put
 
 logger = logging.getLogger(__name__)
 
@@ -342,14 +342,14 @@ class WandbSink:
         return run
 
     def _id(self, stage: str) -> str:
-        path = f"{self._folder}/wandb.json"
+        path = f"{self._config.run.dir.rstrip('/')}/wandb.json"
         try:
-            ids = json.loads(self._fs.cat_file(path))
+            ids = json.loads(get(path))
         except (FileNotFoundError, ValueError):
             ids = {}
         if stage not in ids:
             ids[stage] = secrets.token_hex(6)
-            self._fs.pipe_file(path, json.dumps(ids).encode())
+            put(path, json.dumps(ids).encode())
         return str(ids[stage])
 
 

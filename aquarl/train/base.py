@@ -6,6 +6,7 @@ A row may hold the end of one document and the start of the next, and attention 
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from aquarl.config import Config
@@ -15,7 +16,8 @@ from aquarl.tasks.catalog import corpus_documents
 
 
 def encode_corpus(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `train.bin` and `validation.bin` into a folder, unless they stand there.
+    """Write the tokens of both splits into a folder, unless they stand there; what a run that was
+    cut off has encoded there is not encoded again.
 
     Raises:
         DataError: The corpus is missing or broken.
@@ -47,5 +49,7 @@ def tokens_wanted(config: Config, split: str) -> int:
 
 
 def token_path(config: Config, tokenizer: Tokenizer, folder: Path, split: str) -> Path:
-    """Return a file name that tells vocabulary and size: other settings get another file."""
-    return folder / f"{split}-{tokenizer.fingerprint}-{tokens_wanted(config, split)}.bin"
+    """Return a file name that tells vocabulary, data and size: other settings get another file."""
+    data = f"{config.run.seed} {config.data.model_dump_json()}"
+    told = tokenizer.fingerprint, hashlib.sha256(data.encode()).hexdigest()[:12]
+    return folder / f"{split}-{'-'.join(told)}-{tokens_wanted(config, split)}.bin"
