@@ -1,5 +1,5 @@
 # make demo: from a bare machine with Python 3.11 to a trained policy and its report.
-# make test: the same set-up, then every test. Nothing is installed outside this folder.
+# make test: the same set-up, then every test that needs neither a GPU nor vLLM. Nothing is installed outside this folder.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -112,7 +112,7 @@ def chat(config: Config, args: Arguments) -> None:
 
     words = Tokenizer.load(f"{config.run.dir}/tokenizer")
     model = finished_policy(config.run.dir, args.stage, words.fingerprint)
-    talk(model, words, sampling=Sampling(256, args.temperature))
+    talk(model, words, sampling=Sampling(args.max_new_tokens, args.temperature, args.top_k))
 
 
 def export(config: Config, args: Arguments) -> None:
@@ -278,7 +278,11 @@ EXTRA_ARGUMENTS: dict[str, tuple[tuple[str, dict[str, object]], ...]] = {
     ),
     "publish": (("target", {"help": "hf://user/name, gs://... or s3://..."}),),
     "import-nanochat": (("folder", {"help": "holds model_NNNNNN.pt and its companions"}),),
-    "chat": (("--temperature", {"type": float, "default": 0.7}),),
+    "chat": (
+        ("--temperature", {"type": float, "default": 0.6, "help": "0 takes the likeliest token"}),
+        ("--top-k", {"type": int, "default": 50, "help": "of the k likeliest; 0: of all"}),
+        ("--max-new-tokens", {"type": int, "default": 256, "help": "the longest answer"}),
+    ),
 }
 
 
@@ -292,7 +296,11 @@ def build_parser() -> argparse.ArgumentParser:
         for flag, options in EXTRA_ARGUMENTS.get(name, ()):
             sub.add_argument(flag, **options)  # type: ignore[arg-type]
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="rl.steps=100, say")
-        sub.add_argument("--config", metavar="FILE_OR_PRESET", help="TOML file, or ray_jobs/NAME")
+        sub.add_argument(
+            "--config",
+            metavar="FILE_OR_PRESET",
+            help="TOML file, or demo, aqua_cpu, d8, d20, chaos",
+        )
         sub.add_argument("--dry-run", action="store_true", help="print the settings and stop")
         if name in ("chat", "export", "publish", "import-nanochat"):
             default = "sft" if name == "import-nanochat" else "rl"

@@ -215,7 +215,7 @@ class RLConfig(OptimConfig):
     engine: Literal["torch", "vllm"] = "torch"
     """Who samples: plain torch, or vLLM, which is an extra install and pays on GPUs."""
     rollout_workers: Workers = Workers(min=1, max=1)
-    """Between the least and the most the run decides for itself (`rl.pool_size`)."""
+    """Between the least and the most the run decides for itself (`aquarl/rl/pool_size.py`)."""
     max_staleness: int = Field(1, ge=0, le=8)
     """How many versions behind the learner a group may have been sampled; 0 is on-policy."""
     inflight_updates: bool = False
@@ -250,7 +250,8 @@ class RLConfig(OptimConfig):
     """A lease not finished by then is issued again."""
     worker_restarts: NonNegativeInt = 20
     """Replacements of dead rollout workers, with no group finished between them, before the run
-    ends with an error. What one lease does to several workers counts once."""
+    ends with an error. Several that one lease kills count once, those that raise an error one by
+    one."""
     lease_deaths: PositiveInt = 3
     """Workers that may die over one lease before it is set aside: reported, and not trained."""
 
@@ -420,7 +421,7 @@ def build_config(tree: dict[str, Any]) -> Config:
         where = ".".join(str(part) for part in fault["loc"])
         raise ConfigError(
             f"{where} is {_shown(fault['input'])}, but: {fault['msg'].lower()}. "
-            f"`aquarl {where.split('.')[0]} --dry-run` shows the defaults."
+            f"`aquarl pipeline --dry-run` shows the settings."
         ) from error
 
 

@@ -78,10 +78,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Weights:
-    """A policy as one contiguous buffer, in the order of `model.state_dict()`.
-
-    A `checksum` of 0 with an empty buffer names a version whose buffer travels elsewhere.
-    """
+    """A policy as one contiguous buffer, in the order of `model.state_dict()`."""
 
     version: int
     checksum: int
@@ -157,7 +154,7 @@ class RolloutGroup:
     """All answers to one prompt of a lease, scored and compared with one another.
 
     It travels packed, and is opened by who first looks at its `rollouts`: the learner. The stream
-    on the way needs but its `glance`, and can carry ten times as many (docs/control_plane.md).
+    on the way needs but its `glance`, and carries more groups for it.
     """
 
     lease_id: int

@@ -265,10 +265,10 @@ def page(found: dict[str, Any]) -> str:
         f"with workers that sleep instead of sampling, a learner that takes steps of at least "
         f"{STEP} prompts, and all of them on the same cores. A group is {GROUP} answers of "
         f"{LENGTH} tokens with their text, {1000 * found['group_mb']:.0f} kB.",
-        f"**Wanted:** {ROOM} x {H100S} H100s. The nanochat run that aquarl began from made 1,560 "
-        f"steps of 16 prompts in 30 minutes on 8 of them, {H100_GROUPS_PER_S:.2f} groups/s each, "
-        f"so {goal:,.0f} groups/s. It sampled and learned in turn; a GPU that only samples is "
-        f"faster, and the factor of {ROOM} covers engines of up to "
+        f"**Wanted:** {H100S} H100s at {ROOM} times the pace. The nanochat run that aquarl began "
+        "from made 1,560 steps of 16 prompts in 30 minutes on 8 of them, "
+        f"{H100_GROUPS_PER_S:.2f} groups/s each, so {goal:,.0f} groups/s. It sampled and learned in "
+        f"turn; a GPU that only samples is faster, and the factor of {ROOM} covers engines of up to "
         f"{ROOM * H100_GROUPS_PER_S * GROUP * LENGTH:,.0f} tokens/s "
         "on each GPU.",
         f"**Measured:** {carried(small, goal)}; {carried(large, goal)}. {saturated(free)}",
@@ -335,7 +335,7 @@ beside it uses little more than a core.
 
 **What one GPU gives since.** aquarl's own engine samples 131 such groups a second on an H200 at
 depth 8, and its learner takes as many (`ray_jobs/LOG.md`, 2026-11-26). So with 32 prompts a
-lease a stream on a core is full with 13 such workers that do not wait; 64 would give 8,400
+lease a stream on a core is full with 13 to 17 such workers that do not wait; 64 would give 8,400
 groups/s, four times the most it carried.
 
 **Beyond that: sharded streams.** Nothing but the position of the next prompt and the published
@@ -370,7 +370,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     workers = [row["workers"] for row in paced]
     left.plot(workers, [row["offered_per_s"] for row in paced], "k:", label="offered at that pace")
     goal = H100S * ROOM * H100_GROUPS_PER_S
-    left.axhline(goal, color="grey", linestyle="--", label=f"{ROOM} x {H100S} H100s")
+    left.axhline(goal, color="grey", linestyle="--", label=f"{ROOM} x the pace of {H100S} H100s")
     for name, colour in (("lease_ms", "C0"), ("submit_ms", "C1")):
         for p, style in (("p50", "-"), ("p95", "--"), ("p99", ":")):
             label = f"{name.removesuffix('_ms')} {p}"
@@ -412,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     rows.append(measure(workers, pace, prompts, args.seconds, run_dir))
                     print(json.dumps(rows[-1]), flush=True)
     found = {
-        "machine": f"{os.cpu_count()} x {cpu_model()}", "when": when, "load": load,
+        "machine": f"{os.cpu_count()} cores of {cpu_model()}", "when": when, "load": load,
         "group_mb": group_mb(), "rows": rows,
     }  # fmt: skip
     out.mkdir(exist_ok=True)

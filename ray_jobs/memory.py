@@ -205,7 +205,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "Give it more (rl.steps=100000), and a run.dir of its own."
         )
     found = {
-        "machine": f"{os.cpu_count()} x {cpu_model()}", "minutes": args.minutes, "steps": steps,
+        "machine": f"{os.cpu_count()} cores of {cpu_model()}",
+        "minutes": args.minutes, "steps": steps,
         "rows": judged(looker.seen, 60 * args.minutes), "seen": looker.seen,
     }  # fmt: skip
     (Path(config.run.dir) / "memory.json").write_text(json.dumps(found))

@@ -188,7 +188,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation() -> None:
 @pytest.mark.parametrize("change", [(-1.0, 0, 8), (1.0, -1, 8), (1.0, 0, 0)])
 def test_settings_out_of_range_are_refused(change: tuple[float, int, int]) -> None:
     temperature, top_k, max_new_tokens = change
-    with pytest.raises(ConfigError, match="Try temperature"):
+    with pytest.raises(ConfigError, match="Leave them out"):
         checked(Sampling(max_new_tokens, temperature, top_k), context=64)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -384,10 +386,16 @@ def who_holds_vllm(mark: str) -> Iterator[str]:
                 yield actor[0] if actor else title
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one run is, of several tests."""
+    return tmp_path_factory.mktemp("vllm")
+
+
 @vllm
-def test_a_run_samples_with_vllm_and_leaves_no_process(tiny: str, tmp_path: Path) -> None:
+def test_a_run_samples_with_vllm_and_leaves_no_process(tiny: str, folder: Path) -> None:
     """All that a run starts inherits its environment, so a mark there finds orphans, too."""
-    run, mark = tmp_path / "run", str(tmp_path)
+    run, mark = folder / "run", str(folder)
     running = aquarl(
         "pipeline", "--config", tiny, f"run.dir={run}", "rl.engine=vllm", AQUARL_TEST_RUN=mark
     )
@@ -402,9 +410,38 @@ def test_a_run_samples_with_vllm_and_leaves_no_process(tiny: str, tmp_path: Path
     assert running.returncode == 0, said
     assert holders == {"RolloutWorker", "EvaluationWorker"}  # neither learner nor a child of theirs
     eventually(lambda: not list(processes(mark)))
+    assert_samples_as_it_learns(run)
 
+
+@vllm
+def test_both_engines_serve_one_run(tiny: str, folder: Path, tmp_path: Path) -> None:
+    """It goes on until groups of either one have been trained on."""
+    run, ledger = tmp_path / "run", tmp_path / "run" / "ledger.jsonl"
+    for part in ("tokenizer", "results", "checkpoints/sft"):
+        shutil.copytree(folder / "run" / part, run / part)
+    (run / "results/rl.json").unlink()
+    kinds = 'cluster.rollout_kinds=[{engine="vllm",cpus=0.5},{engine="torch",cpus=0.5}]'
+    running = aquarl(
+        "rl", "--config", tiny, f"run.dir={run}", "rl.rollout_workers=2", kinds, "rl.steps=100000"
+    )
+    try:
+        eventually(
+            lambda: (
+                running.poll() is not None
+                or (ledger.exists() and len({row["worker"] for row in rows(ledger)}) == 2)
+            )
+        )
+    finally:
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate()
+    assert {row["worker"] for row in rows(ledger)} == {"rollout-0", "rollout-1"}, said
+    assert_samples_as_it_learns(run)
+
+
+def assert_samples_as_it_learns(run: Path) -> None:
+    """What was sampled has the probability that the learner gives it, in fp32."""
     steps = [row for row in rows(run / "metrics.jsonl") if "policy/logprob_gap" in row]
-    assert len(steps) == 6
+    assert len(steps) >= 6
     assert 0 < max(step["policy/logprob_gap"] for step in steps) < 1e-4
     assert max(step["policy/kl_from_sampler"] for step in steps) < 1e-6
 

@@ -113,7 +113,7 @@ def chaos(config: Config, *, minutes: float, every_s: float, seed: int) -> dict[
         "holds": bool(faults)
         and all(run["holds"] for run in runs)
         and all(fault.recovered_s is not None or fault.run_ended_first for fault in faults),
-        "machine": f"{os.cpu_count()} x {cpu_model()}",
+        "machine": f"{os.cpu_count()} cores of {cpu_model()}",
         "seed": seed,
         "every_s": every_s,
         "steps": config.rl.steps,

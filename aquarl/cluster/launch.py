@@ -38,7 +38,7 @@ from aquarl.errors import ClusterError
 
 TOKENIZER_WITHIN_S = 2 * 3600.0
 CHARACTERS_LOOKED_AT = 100_000
-"""For how many bytes a token of the new vocabulary stands, of what it was trained on."""
+"""Of what the vocabulary was trained on: to count how many bytes one of its tokens stands for."""
 
 # What needs torch and ray.train (seconds to import) is imported where it is used: after Ray has
 # been started and while its first task runs.
@@ -265,8 +265,9 @@ def check_resources(config: Config, *, with_rollouts: bool, learners: int | None
                 "Lower rl.rollout_workers or cluster.learners, or give each a share: "
                 "cluster.rollout_cpus=0.5."
                 if kind == "CPU"
-                else "Set cluster.learner_gpus=0 and cluster.rollout_gpus=0 to use its CPUs, or "
-                "name a cluster that has them with cluster.address=HOST:6379."
+                else "To let a learner and a worker share a GPU, set cluster.learner_gpus=0.5 and "
+                "cluster.rollout_gpus=0.5. To use CPUs, set both to 0. Or name a cluster that has "
+                "them: cluster.address=HOST:6379."
             )
             raise ClusterError(
                 f"{learners} learners with {learner:g} {kind}s each and {workers} rollout "

@@ -87,7 +87,8 @@ class StreamActor:
         """When the learner got its last step."""
         self._wait_share = 0.0
         self._deaths_in_a_row = 0
-        """Of workers, since a group came in. Several of one lease that kills count once."""
+        """Of workers, since a group came in. Several that one lease kills count once, those that
+        raise an error one by one."""
         self._fault: str | None = None
         self._is_over = False
         self._tasks: set[asyncio.Task[None]] = set()

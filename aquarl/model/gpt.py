@@ -211,7 +211,7 @@ class GPT(nn.Module):
 
         Args:
             ids_BT: (B, T) int64.
-            attend: One of `attention.py`'s four.
+            attend: One of `attention.py`'s four, or `packed.Packed`.
             positions_BT: (B, T) int64 places in the sequence; 0..T-1 without it.
         """
         turns = self.turns[: ids_BT.shape[1]] if positions_BT is None else self.turns[positions_BT]

@@ -1,7 +1,7 @@
 """Groups of rollouts in, a few of them as readable text out: `transcripts/step_NNNNNN.jsonl`.
 
-A reward curve cannot show what a policy has found out; its answers can. `rl.loop` writes a few
-every step; people read them, nothing else does.
+A reward curve cannot show what a policy has found out; its answers can. The first learner writes a
+few every step for people to read; the report shows the last.
 """
 
 from __future__ import annotations

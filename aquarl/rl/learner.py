@@ -5,7 +5,8 @@ only on positions whose next token was sampled. Temperature and soft-cap are the
 both mean the same distribution. Groups whose rewards are all equal have no gradient: they are
 scored for the record, and not gone back through.
 
-Shapes: P prompts, G rollouts per prompt, B = P * G rows, T positions, N sampled tokens.
+Shapes: P prompts, G rollouts per prompt, B = P * G rows, T positions, N tokens in all, M of
+them sampled.
 """
 
 from __future__ import annotations

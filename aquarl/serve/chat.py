@@ -28,7 +28,7 @@ def chat(
     model: GPT,
     tokenizer: Tokenizer,
     *,
-    sampling: Sampling | None = None,
+    sampling: Sampling,
     seed: int = 0,
     console: Console | None = None,
     read: Callable[[], str] | None = None,
@@ -37,8 +37,7 @@ def chat(
 
     Args:
         model, tokenizer: Of one checkpoint.
-        sampling: How to draw tokens; temperature 0 is greedy. Without it: 256 tokens at most,
-            temperature 0.6, the 50 likeliest tokens.
+        sampling: How to draw tokens; temperature 0 is greedy.
         seed: The same seed and the same lines give the same conversation.
         console: Where to write; the terminal without it.
         read: Gives the next line, or raises EOFError to leave; the keyboard without it.
@@ -48,7 +47,6 @@ def chat(
     """
     console = console or Console(highlight=False)
     read = read or (lambda: console.input("[bold]you>[/bold] "))
-    sampling = sampling or Sampling(256, temperature=0.6, top_k=50)
     sampling = checked(sampling, model.shape.context)
     generator = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed)
     console.print(HELP, style="dim", markup=False)
@@ -84,9 +82,9 @@ def checked(sampling: Sampling, context: int) -> Sampling:
     """
     if sampling.temperature < 0 or sampling.top_k < 0 or sampling.max_new_tokens < 1:
         raise ConfigError(
-            f"temperature {sampling.temperature}, top_k {sampling.top_k} and max_new_tokens "
-            f"{sampling.max_new_tokens} cannot be sampled with: the first two are 0 or more, the "
-            "last 1 or more. Try temperature 0.6, top_k 50, max_new_tokens 256."
+            f"--temperature {sampling.temperature:g}, --top-k {sampling.top_k} and "
+            f"--max-new-tokens {sampling.max_new_tokens} cannot be sampled with: the first two are "
+            "0 or more, the last 1 or more. Leave them out for 0.6, 50 and 256."
         )
     return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context // 2))
 
