@@ -267,8 +267,9 @@ def page(found: dict[str, Any]) -> str:
         f"{LENGTH} tokens with their text, {1000 * found['group_mb']:.0f} kB.",
         f"**Wanted:** {H100S} H100s at {ROOM} times the pace. The nanochat run that aquarl began "
         "from made 1,560 steps of 16 prompts in 30 minutes on 8 of them, "
-        f"{H100_GROUPS_PER_S:.2f} groups/s each, so {goal:,.0f} groups/s. It sampled and learned in "
-        f"turn; a GPU that only samples is faster, and the factor of {ROOM} covers engines of up to "
+        f"{H100_GROUPS_PER_S:.2f} groups/s each, so {goal:,.0f} groups/s. It sampled and learned "
+        f"in turn; a GPU that only samples is faster, and the factor of {ROOM} covers engines of "
+        "up to "
         f"{ROOM * H100_GROUPS_PER_S * GROUP * LENGTH:,.0f} tokens/s "
         "on each GPU.",
         f"**Measured:** {carried(small, goal)}; {carried(large, goal)}. {saturated(free)}",
