@@ -217,7 +217,8 @@ class RLConfig(OptimConfig):
     rollout_workers: Workers = Workers(min=1, max=1)
     """Between the least and the most the run decides for itself (`aquarl/rl/pool_size.py`)."""
     max_staleness: int = Field(1, ge=0, le=8)
-    """How many versions behind the learner a group may have been sampled; 0 is on-policy."""
+    """How many versions behind the learner a group may have been sampled; 0 is on-policy. Above 2 a
+    run can fall for good, unless `loss` is "ppo" (docs/staleness.md)."""
     inflight_updates: bool = False
     """Take newer weights between two tokens of an answer, not only between leases. Fresher tokens,
     and with `max_staleness` above 0 a run is then not repeatable. Torch engine only."""

@@ -1,9 +1,11 @@
 """Ray job: what stale rollouts cost by samples, and what allowing them buys by the clock.
 
-    python ray_jobs/staleness.py OUT RUN_DIR [RUN_DIR ...] [--live] [--minutes N] [key=value ...]
+    python ray_jobs/staleness.py OUT RUN_DIR [RUN_DIR ...]
+        [--live] [--staleness N] [--minutes N] [key=value ...]
 
 Each RUN_DIR holds a finished SFT stage with a seed of its own. From each, RL runs with a staleness
-of 0, 1, 2 and 4, with and without the correction; settings are those of RUN_DIR, or as given.
+of 0, 1, 2 and 4 (or those given, one an option), with and without the correction; settings are
+those of RUN_DIR, or as given.
 
 - Without --live every step trains on rollouts of exactly so many versions before: what staleness
   costs. The clock plays no part, so a run is one process, and as many run as there are CPUs.
@@ -133,21 +135,26 @@ def live(config: Config, source: str) -> Rows:
 
 
 def work(
-    out: Path, sources: Sequence[str], overrides: list[str], mode: str, may_begin: Callable[[], Any]
+    out: Path,
+    sources: Sequence[str],
+    overrides: list[str],
+    kinds: Sequence[Kind],
+    may_begin: Callable[[], Any],
 ) -> None:
-    """Do the runs of a mode that are missing, seed after seed."""
+    """Do the runs that are missing of these kinds, all of one mode, seed after seed."""
+    is_live = kinds[0].mode == "live"
 
     def missing() -> Iterator[tuple[Path, Config, str]]:
         for source in sources:
-            for kind in KINDS:
+            for kind in kinds:
                 path = out / f"{kind.file}-{Path(source).name}.json"
-                if kind.mode == mode and not path.exists() and may_begin():
-                    folder = out / "runs" / path.stem if mode == "live" else Path(source).resolve()
+                if not path.exists() and may_begin():
+                    folder = out / "runs" / path.stem if is_live else Path(source).resolve()
                     mine = [f"rl.max_staleness={kind.staleness}", f"run.dir={folder}"]
                     mine.append(f"rl.correct_staleness={str(kind.is_corrected).lower()}")
                     yield path, load_config(own_settings(source), [*overrides, *mine]), source
 
-    if mode == "live":
+    if is_live:
         for path, config, source in missing():
             path.write_text(json.dumps(live(config, source)))
         return
@@ -292,6 +299,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("sources", nargs="+", help="run directories and key=value")
     parser.add_argument("--live", action="store_true")
+    parser.add_argument("--staleness", type=int, choices=STALENESS, action="append")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     args = parser.parse_intermixed_args()
     out, ends_at = args.out.resolve(), time.monotonic() + 60 * args.minutes
@@ -300,8 +308,9 @@ def main() -> None:
     sources = [word for word in args.sources if "=" not in word]
     config = load_config(own_settings(sources[0]), overrides)
     with connected(config):
-        mode = "live" if args.live else "exact"
-        work(out, sources, overrides, mode, lambda: time.monotonic() < ends_at)
+        mode, wanted = "live" if args.live else "exact", args.staleness or STALENESS
+        kinds = [kind for kind in KINDS if kind.mode == mode and kind.staleness in wanted]
+        work(out, sources, overrides, kinds, lambda: time.monotonic() < ends_at)
     found = results(out)
     (out / "staleness.md").write_text(table(found))
     plot(found, config.rl.prompts_per_step * config.rl.rollouts_per_prompt, out / "staleness.png")

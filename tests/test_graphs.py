@@ -17,7 +17,7 @@ from aquarl.records import Rollout, Sampling, Weights
 from tests.fakes import random_model
 from tests.test_torch_engine import STOP, VOCAB, assert_same, policy, prompts, seeds
 
-NEW = 7
+NEW = 5
 """Few: an interpreted kernel takes a CPU some 30 ms a row and token."""
 SAMPLINGS = [Sampling(NEW), Sampling(NEW, temperature=0.0), Sampling(NEW, 0.7, top_k=5)]
 

@@ -43,7 +43,7 @@ def test_who_came_or_went_on_the_way_is_not_judged() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_here")
 def test_a_run_is_looked_at_until_its_time_is_up(after_sft: Path, tiny: str) -> None:
-    often = ["--minutes", "0.25", "--every", "0.3", "--config", tiny, f"run.dir={after_sft}"]
+    often = ["--minutes", "0.1", "--every", "0.2", "--config", tiny, f"run.dir={after_sft}"]
     memory.main([*often, "rl.steps=5000", "rl.save_every=1000", "rl.eval_every=5000"])
     found = json.loads((after_sft / "memory.json").read_text())
     assert not (after_sft / "results/rl.json").exists(), "it was stopped on its way"

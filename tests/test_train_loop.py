@@ -65,7 +65,10 @@ def trainer(
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_a_compiled_policy_has_the_same_gradients() -> None:
-    plain, made = trainer(), trainer()
+    plain, made = (
+        trainer(model=random_model(TOKENIZER.vocab_size, layers=1, context=CONTEXT))
+        for _ in range(2)
+    )
     compile_policy(made.model, "on")
     expected = gradients(plain)
     assert any(grad.abs().max() > 0.01 for grad in expected.values())
