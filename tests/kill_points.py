@@ -13,16 +13,18 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
-
-from aquarl.cluster import learner_group, rollout_pool, stream_actor
-from aquarl.cluster.learner_group import Member
+from aquarl.cluster import rollout_pool, stream_actor
 from aquarl.cluster.rollout_pool import RolloutWorker
 from aquarl.cluster.stream_actor import StreamActor
 from aquarl.config import Config
 from aquarl.records import RolloutGroup, StepShare, Weights
+
+if TYPE_CHECKING:  # every process of a run imports this file, and few of them need torch
+    import pytest
+
+    from aquarl.cluster.learner_group import Member
 
 POINTS = (
     "lease", "submit", "batch taken", "after backward", "checkpoint write",
@@ -53,6 +55,8 @@ def die_once(run_dir: str, point: str) -> None:
 
 def employ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the next run of this process hire the parts below."""
+    from aquarl.cluster import learner_group
+
     run_group = learner_group.run_group
     monkeypatch.setattr(stream_actor, "StreamActor", MortalStream)
     monkeypatch.setattr(

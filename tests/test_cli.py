@@ -253,9 +253,9 @@ def test_a_pool_that_no_cluster_can_start_is_given_up_with_a_reason(
 ) -> None:
     """In a named cluster, which could grow, so that only the deadline can tell."""
     monkeypatch.setenv("RAY_ADDRESS", "a cluster that could grow")
-    settings = ("rl.rollout_workers=1", "cluster.rollout_cpus=64", "rl.wait_timeout_s=3")
+    settings = ("rl.rollout_workers=1", "cluster.rollout_cpus=64", "rl.wait_timeout_s=1")
     said = refused("rl", "--config", tiny, f"run.dir={unfinished}", *settings)
-    assert "No rollout worker has started in 3 s" in said and "64 CPUs" in said
+    assert "No rollout worker has started in 1 s" in said and "64 CPUs" in said
     (left,) = (unfinished / "stacks").iterdir()
     assert str(left) in said
     assert "in _until" in left.read_text() and '"wanted": 1' in left.read_text()
@@ -266,7 +266,7 @@ def test_a_learner_group_that_no_cluster_can_start_is_given_up_with_a_reason(
     refused: Refuse, tiny: str, unfinished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "a cluster that could grow")
-    settings = ("cluster.learner_cpus=64", "cluster.start_timeout_s=3", "cluster.max_failures=0")
+    settings = ("cluster.learner_cpus=64", "cluster.start_timeout_s=1", "cluster.max_failures=0")
     said = refused("rl", "--config", tiny, f"run.dir={unfinished}", *settings)
     assert "64" in said and "cluster.start_timeout_s" in said
 

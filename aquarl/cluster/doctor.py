@@ -282,6 +282,7 @@ def check_cluster(address: str | None) -> Finding:
             capture_output=True,
             text=True,
             timeout=JOIN_TIMEOUT_S,
+            env={"RAY_NUM_REDIS_GET_RETRIES": "3", **os.environ},  # Ray's 20 take 20 s to say no
         )
     except subprocess.TimeoutExpired:
         what = f"{address} takes connections but did not answer within {JOIN_TIMEOUT_S:.0f} s"

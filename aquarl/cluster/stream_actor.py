@@ -296,7 +296,8 @@ class StreamActor:
         self._stream.rewind(step, position)
         self._gave_at = None
         self._rewinds += 1  # who still waits for what was before is told so
-        self._fault = None
+        if self._workers:  # else nobody is left, and why still holds
+            self._fault = None
         await self._notify()
 
     async def next_step(self, step: int, rank: int, world: int) -> StepShare:
