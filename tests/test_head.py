@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -78,8 +80,12 @@ def test_a_gpus_kernels_give_what_a_cpus_operations_give(
     from aquarl.model import fused
 
     monkeypatch.setattr(fused, "WORDS_AT_ONCE", 16)  # so that a row has several parts
+
+    def plain_chunk(*args: Any, room_CV: Tensor | None = None) -> head._Chunk:
+        return head._Chunk(*args[:4], room_CV)
+
     found = []
-    for chunk in (head._FusedChunk, lambda *args: head._Chunk(*args[:4])):
+    for chunk in (head._FusedChunk, plain_chunk):
         monkeypatch.setattr(head, "_chunk", chunk)
         for kept in (1 << 20, 0):
             monkeypatch.setattr(head, "KEPT_BYTES", kept)

@@ -47,7 +47,11 @@ def packed(model: GPT, groups: Groups) -> Tensor:
         )
         for prompt, answers in groups
     ]
-    return model(ids[None], Packed(lengths, ids.device), torch.cat(places)[None])[0]
+    packed = Packed(lengths, ids.device, model.shape.head_width)
+    order = packed.order_N()
+    order = torch.arange(len(ids)) if order is None else order
+    hidden_1ND = model(ids[None, order], packed, torch.cat(places)[None, order])
+    return hidden_1ND[0, order.argsort()]
 
 
 @HEADS
@@ -137,7 +141,7 @@ def test_flash_attention_in_three_parts_is_the_same(
         operators.impl("_flash_attention_forward", flash_forward, "CPU")
         operators.impl("_flash_attention_backward", flash_backward, "CPU")
         for is_flash in (True, False):
-            monkeypatch.setattr(packing, "is_for_flash", lambda x, is_flash=is_flash: is_flash)
+            monkeypatch.setattr(packing, "is_for_flash", lambda *_, is_flash=is_flash: is_flash)
             model = random_model(heads=heads, kv_heads=kv_heads).double()
             hidden_ND = packed(model, groups)
             weights_ND = torch.randn(hidden_ND.shape, generator=torch.manual_seed(1)).double()

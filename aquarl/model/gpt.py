@@ -5,8 +5,8 @@ parameters (also right after the embedding), squared ReLU, untied head, no biase
 softly at 15, optionally fewer kv heads than query heads. Parameter names are nanochat's, so its
 checkpoints are ours.
 
-Dropped from there: the embedding is kept in fp32 (autocast rounds what enters the blocks), and the
-KV cache lives in `attention.py`.
+Dropped from there: the embedding is kept in fp32 (autocast rounds what leaves it), and the KV cache
+lives in `attention.py`. On a GPU what stands between two products is one kernel (`fused.py`).
 
 Source: github.com/karpathy/nanochat, nanochat/gpt.py, October 2025.
 """
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aquarl.model.attention import Attend, causal
+from aquarl.model.modes import kernels_for
 from aquarl.model.shape import Shape
 
 SOFT_CAP = 15.0
@@ -28,6 +29,8 @@ ROPE_BASE = 10_000.0
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last axis, without parameters."""
+    if (kernels := kernels_for(x)) is not None:
+        return kernels.norm(x)
     if x.is_cuda or torch.compiler.is_compiling():  # one kernel, or joined with what is around it
         wide = torch.promote_types(x.dtype, torch.float32)
         eps = torch.finfo(wide).eps
@@ -35,10 +38,26 @@ def norm(x: Tensor) -> Tensor:
     return _Norm.apply(x)
 
 
+def add_norm(x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum, which the blocks hand on, and its norm, which the next of them reads."""
+    if (kernels := kernels_for(x)) is not None:
+        return kernels.add_norm(x, more)
+    x = x + more
+    return x, norm(x)
+
+
 def _working(x: Tensor) -> Tensor:
-    """Return x in the precision that products are done in: once for three of them."""
+    """Return x in the precision that products are done in, as nanochat has all between them."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2"""
+    if torch.compiler.is_compiling():
+        return x.relu().square()
+    kernels = kernels_for(x)
+    return (_SquaredReLU if kernels is None else kernels.SquaredReLU).apply(x)
 
 
 def interleaved(weight_XD: Tensor, head_width: int) -> Tensor:
@@ -89,8 +108,8 @@ class _Norm(torch.autograd.Function):
 
 
 class _SquaredReLU(torch.autograd.Function):
-    """max(x, 0)^2. Keeps one tensor for the way back and makes one there, where autograd's own
-    chain moves five through memory."""
+    """Keeps one tensor for the way back and makes one there, where autograd's own chain moves five
+    through memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -118,9 +137,12 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
         K = self.shape.head_width
         weights = (*(interleaved(c.weight, K) for c in (self.c_q, self.c_k)), self.c_v.weight)
-        q, k, v = (F.linear(x_BTD, weight).view(B, T, -1, K) for weight in weights)
-        # Rotation in fp32 tables widens q and k under autocast; v tells the working precision.
-        q, k = (norm(rotate(x, turns)).to(v.dtype) for x in (q, k))
+        if (kernels := kernels_for(x_BTD)) is not None:
+            q, k, v = kernels.turned_heads(F.linear(x_BTD, torch.cat(weights)), turns, self.shape)
+        else:
+            q, k, v = (F.linear(x_BTD, weight).view(B, T, -1, K) for weight in weights)
+            # Rotation in fp32 tables widens q and k under autocast; v tells the working precision.
+            q, k = (norm(rotate(x, turns)).to(v.dtype) for x in (q, k))
         y_BHTK = attend(self.layer, *(x.transpose(1, 2) for x in (q, k, v)))
         return self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
@@ -132,9 +154,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * shape.width, shape.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x = self.c_fc(x_BTD)
-        squared = x.relu().square() if torch.compiler.is_compiling() else _SquaredReLU.apply(x)
-        return self.c_proj(squared)
+        return self.c_proj(squared_relu(self.c_fc(x_BTD)))
 
 
 class Block(nn.Module):
@@ -143,9 +163,11 @@ class Block(nn.Module):
         self.attn = Attention(shape, layer)
         self.mlp = MLP(shape)
 
-    def forward(self, x_BTD: Tensor, turns: Tensor, attend: Attend) -> Tensor:
-        x_BTD = x_BTD + self.attn(_working(norm(x_BTD)), turns, attend)
-        return x_BTD + self.mlp(norm(x_BTD))
+    def forward(
+        self, x_BTD: Tensor, normed_BTD: Tensor, turns: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        x_BTD, normed_BTD = add_norm(x_BTD, self.attn(normed_BTD, turns, attend))
+        return add_norm(x_BTD, self.mlp(normed_BTD))
 
 
 class Transformer(nn.Module):
@@ -216,12 +238,13 @@ class GPT(nn.Module):
         """
         turns = self.turns[: ids_BT.shape[1]] if positions_BT is None else self.turns[positions_BT]
         turns = turns.unsqueeze(-3)  # the same for all heads
-        if not torch.compiler.is_compiling():
+        x_BTD = _working(norm(self.transformer.wte(ids_BT)))
+        if not torch.compiler.is_compiling() and kernels_for(x_BTD) is None:
             turns = torch.view_as_complex(turns)
-        x_BTD = norm(self.transformer.wte(ids_BT))
+        normed_BTD = norm(x_BTD)
         for block in self.transformer.h:
-            x_BTD = block(x_BTD, turns, attend)
-        return norm(x_BTD)
+            x_BTD, normed_BTD = block(x_BTD, normed_BTD, turns, attend)
+        return normed_BTD
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return softly capped fp32 logits (..., V) of hidden states (..., D)."""

@@ -26,8 +26,8 @@ CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 FUSED_ROWS = 4096
 """Of one chunk where a kernel reads its bf16 logits: so many that the products are large ones."""
 
-KEPT_BYTES = 1 << 28
-"""Of slopes, at most."""
+KEPT_BYTES, KEPT_SHARE = 1 << 28, 8
+"""Of slopes, at most, on a CPU; and on a GPU, what part of its memory."""
 
 COLDEST = 0.2
 """Below, the exponential of a capped logit would leave fp32."""
@@ -67,14 +67,18 @@ class _TokenLogprobs(torch.autograd.Function):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         logprobs_N, entropy_N = (hidden_ND.new_empty(N, dtype=wide) for _ in range(2))
         slopes_NV = hidden_slopes_ND = None
-        if any(ctx.needs_input_grad) and N * V * weight_VD.element_size() <= KEPT_BYTES:
+        kept_bytes = N * V * weight_VD.element_size()
+        if any(ctx.needs_input_grad) and kept_bytes <= _room_for_slopes(hidden_ND):
             slopes_NV, hidden_slopes_ND = hidden_ND.new_empty(N, V), torch.empty_like(hidden_ND)
         for rows in _chunks(hidden_ND, V):
-            chunk = _chunk(hidden_ND[rows], weight_VD, ids_N[rows], temperature)
+            room_CV = None if slopes_NV is None else slopes_NV[rows]
+            chunk = _chunk(hidden_ND[rows], weight_VD, ids_N[rows], temperature, room_CV=room_CV)
             logprobs_N[rows], entropy_N[rows] = chunk.logprobs_C, chunk.entropy_C()
-            if slopes_NV is not None and hidden_slopes_ND is not None:
-                slopes_NV[rows] = chunk.slopes_CV()
-                torch.mm(slopes_NV[rows], weight_VD, out=hidden_slopes_ND[rows])
+            if room_CV is not None and hidden_slopes_ND is not None:
+                slopes_CV = chunk.slopes_CV()
+                if slopes_CV.dtype != room_CV.dtype:  # else it is its room already
+                    room_CV.copy_(slopes_CV)
+                torch.mm(room_CV, weight_VD, out=hidden_slopes_ND[rows])
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N, logprobs_N, slopes_NV, hidden_slopes_ND)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy_N)
@@ -110,11 +114,16 @@ def _chunk(
     ids_C: Tensor,
     temperature: float,
     logprobs_C: Tensor | None = None,
+    room_CV: Tensor | None = None,
 ) -> _Chunk | _FusedChunk:
-    """Return some rows of logits, for the first time or, with their logprobs, for the second."""
+    """Return some rows of logits, for the first time or, with their logprobs, for the second.
+
+    Args:
+        room_CV: Where the slopes are to be in the end, if they have the width of what is given.
+    """
     if _is_fused(hidden_CD):
-        return _FusedChunk(hidden_CD, weight_VD, ids_C, temperature, logprobs_C)
-    return _Chunk(hidden_CD, weight_VD, ids_C, temperature)
+        return _FusedChunk(hidden_CD, weight_VD, ids_C, temperature, logprobs_C, room_CV)
+    return _Chunk(hidden_CD, weight_VD, ids_C, temperature, room_CV=room_CV)
 
 
 class _FusedChunk:
@@ -127,11 +136,13 @@ class _FusedChunk:
         ids_C: Tensor,
         temperature: float,
         logprobs_C: Tensor | None = None,
+        room_CV: Tensor | None = None,
     ):
         from aquarl.model import fused
 
         self._fused, self.ids_C, self.temperature = fused, ids_C, temperature
-        self._raw_CV, self._cap = squashed_logits(hidden_CD, weight_VD), SOFT_CAP / temperature
+        self._raw_CV = squashed_logits(hidden_CD, weight_VD, room_CV)
+        self._cap = SOFT_CAP / temperature
         if logprobs_C is None:
             logprobs_C, self._entropy_C = fused.look(self._raw_CV, ids_C, self._cap)
         self.logprobs_C = logprobs_C
@@ -148,11 +159,18 @@ class _FusedChunk:
 class _Chunk:
     """Some rows of logits, in fp32 at least."""
 
-    def __init__(self, hidden_CD: Tensor, weight_VD: Tensor, ids_C: Tensor, temperature: float):
+    def __init__(
+        self,
+        hidden_CD: Tensor,
+        weight_VD: Tensor,
+        ids_C: Tensor,
+        temperature: float,
+        room_CV: Tensor | None = None,
+    ):
         self.ids_C1, self.temperature = ids_C[:, None], temperature
         wide = torch.promote_types(hidden_CD.dtype, torch.float32)
         # tanh(x) is 2 sigmoid(2 x) - 1, which a CPU computes in a third of the time.
-        self.squashed_CV = squashed_logits(hidden_CD, weight_VD).to(wide).sigmoid_()
+        self.squashed_CV = squashed_logits(hidden_CD, weight_VD, room_CV).to(wide).sigmoid_()
         cap = SOFT_CAP / temperature
         self.logits_CV = torch.add(
             self.squashed_CV.new_tensor(-cap), self.squashed_CV, alpha=2 * cap
@@ -179,10 +197,10 @@ class _Chunk:
         return slopes_CV.scatter_add_(1, self.ids_C1, chosen_C1)
 
 
-def squashed_logits(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
+def squashed_logits(hidden_BD: Tensor, weight_VD: Tensor, out: Tensor | None = None) -> Tensor:
     """Return (B, V) numbers whose sigmoid s stands for the capped logit (2 s - 1) * SOFT_CAP."""
     nothing = hidden_BD.new_empty(1)
-    return torch.addmm(nothing, hidden_BD, weight_VD.T, beta=0, alpha=2 / SOFT_CAP)
+    return torch.addmm(nothing, hidden_BD, weight_VD.T, beta=0, alpha=2 / SOFT_CAP, out=out)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -191,6 +209,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += a @ b
+
+
+def _room_for_slopes(x: Tensor) -> int:
+    if x.is_cuda:
+        return int(torch.cuda.get_device_properties(x.device).total_memory) // KEPT_SHARE
+    return KEPT_BYTES
 
 
 def _chunks(hidden_ND: Tensor, V: int) -> Iterator[slice]:

@@ -84,6 +84,16 @@ def has_triton() -> bool:
     return lacks is None
 
 
+def kernels_for(x: Tensor) -> Any:
+    """Return `fused.py`, our own kernels between a learner's products, where this tensor's GPU runs
+    them and no compiler makes its own; else None."""
+    if not x.is_cuda or torch.compiler.is_compiling() or not has_triton():
+        return None
+    from aquarl.model import fused  # imports Triton, which comes with torch for GPUs alone
+
+    return fused
+
+
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Return it on the device; a GPU fetches it while this goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

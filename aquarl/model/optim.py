@@ -140,6 +140,7 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
     return share_left + (1 - share_left) * config.final_lr
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale all gradients so that their joint norm is at most `max_norm`. Returns it before."""
-    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `max_norm`. Returns it before, as a
+    tensor: a GPU would have to be waited for."""
+    return nn.utils.clip_grad_norm_(model.parameters(), max_norm)

@@ -11,9 +11,10 @@ back is FlashAttention's (arXiv:2205.14135 appendix B.2), with the weights kept 
 On a GPU, in bf16, FlashAttention itself does it: prompts over themselves, answers over themselves,
 answers over their prompts, each in one call for all groups. The two softmaxes of an answer become
 one by their log-sums; handed the joint result and log-sum, its way back gives each part's share.
+There all prompts come first in the row, then all answers, so that neither has to be gathered.
 
 Shapes: N tokens of the row, n of one group, L of its prompt, G answers of at most T tokens, H
-heads, J kv heads, K head width; M tokens of the answers.
+heads, J kv heads, K head width; Q tokens of the prompts, M of the answers.
 """
 
 from __future__ import annotations
@@ -37,10 +38,16 @@ class Packed:
 
     Args:
         lengths: Of the groups, one right after the other.
+        head_width: K, on which it depends whether FlashAttention takes them.
     """
 
-    def __init__(self, lengths: Sequence[Lengths], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[Lengths], device: torch.device, head_width: int) -> None:
         self._lengths, self._device = lengths, device
+        self._is_flash = is_for_flash(device, head_width)
+
+    def order_N(self) -> Tensor | None:
+        """Return the order in which the row's tokens are wanted, where it is not as they are."""
+        return self._spans.order_N if self._is_flash else None
 
     @cached_property
     def _groups(self) -> list[_Group]:
@@ -60,20 +67,21 @@ class Packed:
         k_HNK, v_HNK = k_1JNK[0], v_1JNK[0]
         if R > 1:
             k_HNK, v_HNK = (x.repeat_interleave(R, dim=0) for x in (k_HNK, v_HNK))
-        if is_for_flash(v_HNK):
-            rows = (x.transpose(0, 1).contiguous() for x in (q_1HNK[0], k_HNK, v_HNK))
+        if self._is_flash:
+            rows = (x.transpose(0, 1) for x in (q_1HNK[0], k_HNK, v_HNK))
             y_NHK: Tensor = _FlashAttention.apply(*rows, self._spans)
             return y_NHK.transpose(0, 1)[None]
         y_HNK: Tensor = _PackedAttention.apply(q_1HNK[0], k_HNK, v_HNK, self._groups)
         return y_HNK[None]
 
 
-def is_for_flash(x: Tensor) -> bool:
-    """Whether FlashAttention takes such queries, keys and values (its own checks)."""
-    K = x.shape[-1]
-    if not x.is_cuda or x.dtype != torch.bfloat16 or K % 8 or K > 256:
+def is_for_flash(device: torch.device, head_width: int) -> bool:
+    """Whether FlashAttention takes what is computed there now (its own checks)."""
+    if device.type != "cuda" or head_width % 8 or head_width > 256:
         return False
-    return torch.cuda.get_device_capability(x.device) >= AMPERE
+    if not torch.is_autocast_enabled("cuda") or torch.get_autocast_dtype("cuda") != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device) >= AMPERE
 
 
 class _Padding:
@@ -203,12 +211,12 @@ class _Spans:
         of_prompts = [prompt for prompt, _ in lengths]
         of_groups = [sum(answers) for _, answers in lengths]
         of_answers = [length for _, answers in lengths for length in answers]
+        self.prompt_tokens = sum(of_prompts)
+        """Q"""
         is_prompt_N = torch.tensor([True, False]).repeat(len(lengths))
         counts = torch.tensor([of_prompts, of_groups]).T.flatten()
-        is_prompt_N = is_prompt_N.repeat_interleave(counts)
-        self.prompt_rows, self.answer_rows = (
-            sent(is_here.nonzero()[:, 0], device) for is_here in (is_prompt_N, ~is_prompt_N)
-        )
+        is_answer_N = ~is_prompt_N.repeat_interleave(counts)
+        self.order_N = sent(is_answer_N.to(torch.int8).argsort(stable=True), device)
         prompts, groups, answers = (
             _Sequences(sent(torch.tensor([0, *accumulate(x)], dtype=torch.int32), device), max(x))
             for x in (of_prompts, of_groups, of_answers)
@@ -227,46 +235,41 @@ class _Sequences(NamedTuple):
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, spans: _Spans) -> Tensor:
-        on_prompt = [x.index_select(0, spans.prompt_rows) for x in (q_NHK, k_NHK, v_NHK)]
-        on_answer = [x.index_select(0, spans.answer_rows) for x in (q_NHK, k_NHK, v_NHK)]
-        across = [on_answer[0], *on_prompt[1:]]
-        prompt = spans.prompts_alone.forward(*on_prompt)
-        own, other = spans.answers_alone.forward(*on_answer), spans.across.forward(*across)
+        Q = spans.prompt_tokens
+        (pq, aq), (pk, ak), (pv, av) = (_parted(x, Q) for x in (q_NHK, k_NHK, v_NHK))
+        prompt = spans.prompts_alone.forward(pq, pk, pv)
+        own, other = spans.answers_alone.forward(aq, ak, av), spans.across.forward(aq, pk, pv)
         y_NHK = torch.empty_like(q_NHK)
-        y_NHK.index_copy_(0, spans.prompt_rows, prompt.y)
+        y_NHK[:Q] = prompt.y
         logsum_HM = torch.logaddexp(own.logsum, other.logsum)
         share_MH1 = (other.logsum - logsum_HM).exp().T[:, :, None]
-        y_MHK = own.y.lerp(other.y, share_MH1.to(own.y.dtype))
-        y_NHK.index_copy_(0, spans.answer_rows, y_MHK)
+        torch.lerp(own.y, other.y, share_MH1.to(own.y.dtype), out=y_NHK[Q:])
         ctx.spans = spans
         ctx.save_for_backward(
-            *on_prompt, *on_answer, prompt.y, prompt.logsum, y_MHK, logsum_HM, *prompt.state
+            q_NHK, k_NHK, v_NHK, y_NHK, prompt.logsum, logsum_HM, *prompt.state
         )
         return y_NHK
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        pq, pk, pv, aq, ak, av, y_prompt, logsum_prompt, y_MHK, logsum_HM, *state = (
-            ctx.saved_tensors
-        )
-        spans = ctx.spans
-        on_prompt, on_answer = (
-            grads[0].index_select(0, rows) for rows in (spans.prompt_rows, spans.answer_rows)
-        )
-        of_prompt = spans.prompts_alone.backward(
-            on_prompt, pq, pk, pv, y_prompt, logsum_prompt, state
-        )
-        of_own = spans.answers_alone.backward(on_answer, aq, ak, av, y_MHK, logsum_HM, state)
-        of_other = spans.across.backward(on_answer, aq, pk, pv, y_MHK, logsum_HM, state)
-        whole = []
-        for number in range(3):
-            grad_NHK = torch.empty_like(grads[0])
+        q_NHK, k_NHK, v_NHK, y_NHK, logsum_prompt, logsum_HM, *state = ctx.saved_tensors
+        spans, Q = ctx.spans, ctx.spans.prompt_tokens
+        (pq, aq), (pk, ak), (pv, av) = (_parted(x, Q) for x in (q_NHK, k_NHK, v_NHK))
+        (py, ay), (pg, ag) = (_parted(x, Q) for x in (y_NHK, grads[0].contiguous()))
+        of_prompt = spans.prompts_alone.backward(pg, pq, pk, pv, py, logsum_prompt, state)
+        of_own = spans.answers_alone.backward(ag, aq, ak, av, ay, logsum_HM, state)
+        of_other = spans.across.backward(ag, aq, pk, pv, ay, logsum_HM, state)
+        whole = [torch.empty_like(x) for x in (q_NHK, k_NHK, v_NHK)]
+        for number, grad_NHK in enumerate(whole):
             prompt, own, other = of_prompt[number], of_own[number], of_other[number]
             (own if number == 0 else prompt).add_(other)  # the answers' queries, the prompts' rest
-            grad_NHK.index_copy_(0, spans.prompt_rows, prompt)
-            grad_NHK.index_copy_(0, spans.answer_rows, own)
-            whole.append(grad_NHK)
+            torch.cat([prompt, own], out=grad_NHK)
         return whole[0], whole[1], whole[2], None
+
+
+def _parted(x_NHK: Tensor, Q: int) -> tuple[Tensor, Tensor]:
+    """Return the prompts' part of a row and the answers'."""
+    return x_NHK[:Q], x_NHK[Q:]
 
 
 class _Found(NamedTuple):

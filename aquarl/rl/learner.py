@@ -43,10 +43,14 @@ class Scorer(nn.Module):
     def forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         """Return logprobs_BT in nats, 0 where nothing was sampled, and the entropy summed over
         the sampled tokens (nats, no gradient)."""
-        packed = Packed(batch.lengths, batch.ids_N.device)
-        hidden_1ND = self.model(batch.ids_N[None], packed, batch.positions_N[None])
+        packed = Packed(batch.lengths, batch.ids_N.device, self.model.shape.head_width)
+        ids_N, positions_N, before_M = batch.ids_N, batch.positions_N, batch.before_M
+        if (order_N := packed.order_N()) is not None:
+            ids_N, positions_N = ids_N[order_N], positions_N[order_N]
+            before_M = order_N.argsort()[before_M]
+        hidden_1ND = self.model(ids_N[None], packed, positions_N[None])
         logprobs_M, entropy_M = token_logprobs(
-            self.model, hidden_1ND[0, batch.before_M], batch.sampled_ids_M, self.temperature
+            self.model, hidden_1ND[0, before_M], batch.sampled_ids_M, self.temperature
         )
         logprobs_BT = torch.zeros_like(batch.behaviour_logprobs_BT)
         return logprobs_BT.masked_scatter(batch.is_sampled_BT, logprobs_M), entropy_M.sum()
@@ -115,7 +119,7 @@ class Learner:
             metrics["policy/ratio_mean"], metrics.pop("policy/ratio_square")
         )
         return metrics | {
-            "learner/grad_norm": grad_norm,
+            "learner/grad_norm": float(grad_norm),
             "learner/lr": lr,
             "time/learn_s": time.perf_counter() - started,
         }

@@ -89,14 +89,14 @@ class SupervisedTrainer:
         pieces = list(self._my_rows())
         trained_here = sum(piece.trained_tokens for piece in pieces)
         tokens_in_step = max(1, self._sum_over_ranks(trained_here))  # by chance there may be none
-        loss = 0.0
+        loss: float | Tensor = 0.0
         for i, piece in enumerate(pieces):
             is_last = i == len(pieces) - 1
             with accumulating(self.shared_loss, sync=is_last), autocast(self.device):
                 # DDP averages over ranks; the count is the whole step's: multiply it back.
                 part = self.shared_loss(piece.to(self.device)) * (self.world / tokens_in_step)
             part.backward()
-            loss += float(part.detach()) / self.world
+            loss = loss + part.detach().double() / self.world  # a number would be waited for
         grad_norm = clip_gradients(self.model, self.config.clip_norm)
         lr = lr_at(self.step, self.config.steps, self.config)
         self.optimizer.step(lr, self.step)
@@ -104,8 +104,8 @@ class SupervisedTrainer:
         seconds = time.perf_counter() - started
         tokens_per_s = self.rows_in_step * self.train.context / seconds
         metrics = {
-            "loss/train": self._sum_over_ranks(loss),
-            "learner/grad_norm": grad_norm,
+            "loss/train": self._sum_over_ranks(float(loss)),
+            "learner/grad_norm": float(grad_norm),
             "learner/lr": lr,
             "tokens/trained": tokens_in_step,
             "throughput/tokens_per_s": tokens_per_s,
