@@ -82,7 +82,7 @@ def test_a_gpus_kernels_give_what_a_cpus_operations_give(
     monkeypatch.setattr(fused, "WORDS_AT_ONCE", 16)  # so that a row has several parts
 
     def plain_chunk(*args: Any, room_CV: Tensor | None = None) -> head._Chunk:
-        return head._Chunk(*args[:4], room_CV)
+        return head._Chunk(*args[:4], room_CV=room_CV)
 
     found = []
     for chunk in (head._FusedChunk, plain_chunk):

@@ -14,17 +14,17 @@ Shapes: see `decoder.py`; C groups of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from aquarl.engines import kernels
 from aquarl.engines.decoder import Decoder
 from aquarl.engines.drawing import draw_from_any, is_inverted
 from aquarl.model.attention import Prefix
 from aquarl.model.gpt import SOFT_CAP
+from aquarl.model.modes import sent
 from aquarl.records import Sampling
 
 SHORTEST = 64
@@ -54,7 +54,8 @@ def power_of_two(count: int) -> int:
 class StaticBatch:
     """All tensors of a form, and its recording.
 
-    Use: `begin`, then `token` as often as tokens are wanted, `sampling.max_new_tokens` at most.
+    Use: `begin`, put what chance there is to be into `uniforms_TB`, then `token` as often as tokens
+    are wanted, `sampling.max_new_tokens` at most.
 
     Args:
         longest: A prompt that is to have room. Shorter ones take no longer for it.
@@ -68,6 +69,7 @@ class StaticBatch:
         P, G, T = form.prompts, form.answers, form.sampling.max_new_tokens
         B, J, K = P * G, shape.kv_heads, shape.head_width
         device = weight_VD.device
+        self.prompt_ids_PL = torch.zeros(P, self.length, dtype=torch.long, device=device)
         self.lengths_P = torch.ones(P, dtype=torch.long, device=device)
         self.caches = [
             kernels.Cache(
@@ -84,29 +86,40 @@ class StaticBatch:
         self.uniforms_TB = torch.zeros(T, B, device=device)
         self.ids_TB = torch.zeros(T, B, dtype=torch.long, device=device)
         self.logprobs_TB = torch.zeros(T, B, device=device)
-        self.step_1 = torch.zeros(1, dtype=torch.long, device=device)
-        """Tokens of each row so far."""
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.step_B = torch.zeros(B, dtype=torch.long, device=device)
+        """Which of its tokens each row is at; -1 before the first."""
+        self._compute_prompts: Callable[[], None] = self._prompts
+        self._compute_token: Callable[[], None] = self._token
         if device.type == "cuda":
-            self._record()
+            self._compute_prompts = _recorded(self._prompts)
+            self._compute_token = _recorded(self._token, before=lambda: self.step_B.fill_(-1))
 
-    def begin(self, prefix: Prefix, last_hidden_PD: Tensor, uniforms_TB: Tensor) -> None:
-        """Take new prompts, as many as the form has, and what chance there is to be."""
-        self.lengths_P.copy_(prefix.lengths_P)
-        for cache, (keys, values) in zip(self.caches, prefix.keys_values, strict=True):
-            cache.prompt_keys[:, :, : keys.shape[2]].copy_(keys)
-            cache.prompt_values[:, :, : keys.shape[2]].copy_(values)
-        self.x_BD.copy_(last_hidden_PD.repeat_interleave(self.form.answers, dim=0))
-        torch.mm(self.x_BD, self.decoder.model.lm_head.weight.T, out=self.logits_BV)
-        self.uniforms_TB.copy_(uniforms_TB)
-        self.step_1.zero_()
+    def begin(self, rows: Sequence[Sequence[int]]) -> None:
+        """Compute new prompts, as many as the form has, or fewer: then the rest is what it was,
+        and nobody hears of it."""
+        ids_PL = torch.zeros(len(rows), self.length, dtype=torch.long)
+        for ids_L, row in zip(ids_PL, rows, strict=True):
+            ids_L[: len(row)] = torch.tensor(row)
+        lengths_P = torch.tensor([len(row) for row in rows])
+        for whole, part in ((self.prompt_ids_PL, ids_PL), (self.lengths_P, lengths_P)):
+            whole[: len(rows)] = sent(part, whole.device)
+        self._compute_prompts()
 
     def token(self) -> None:
         """Draw one more token for every row, note it, and compute what comes after it."""
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            self._token()
+        self._compute_token()
+
+    def _prompts(self) -> None:
+        prefix = Prefix(self.lengths_P)
+        hidden_PLD = self.decoder.model(self.prompt_ids_PL, prefix)
+        for cache, (keys, values) in zip(self.caches, prefix.keys_values, strict=True):
+            cache.prompt_keys.copy_(keys)
+            cache.prompt_values.copy_(values)
+        last_P11 = (self.lengths_P - 1)[:, None, None]
+        last_PGD = hidden_PLD.take_along_dim(last_P11, dim=1).expand(-1, self.form.answers, -1)
+        self.x_BD.copy_(last_PGD.flatten(0, 1))
+        torch.mm(self.x_BD, self.decoder.model.lm_head.weight.T, out=self.logits_BV)
+        self.step_B.fill_(-1)
 
     def _token(self) -> None:
         if is_inverted(self.form.sampling):
@@ -120,7 +133,7 @@ class StaticBatch:
                 x_BD,
                 cache,
                 self.lengths_P,
-                self.step_1,
+                self.step_B,
                 decoder.model.turns,
                 decoder.shape,
                 self.found_BD,
@@ -130,7 +143,6 @@ class StaticBatch:
             kernels.squared_relu(wide_BF, x_BD)
             x_BD.addmm_(wide_BF, layer.narrow_DF.T)
         torch.mm(x_BD, decoder.model.lm_head.weight.T, out=self.logits_BV)
-        self.step_1.add_(1)
 
     def _choose(self) -> None:
         temperature = self.form.sampling.temperature
@@ -140,7 +152,7 @@ class StaticBatch:
             self.x_BD,
             self.sums_BC,
             self.uniforms_TB,
-            self.step_1,
+            self.step_B,
             temperature,
             self.decoder.embedding_VD,
             self.ids_TB,
@@ -153,27 +165,26 @@ class StaticBatch:
         eps = torch.finfo(torch.float32).eps
         scale_B1 = wide_BD.square().mean(dim=1, keepdim=True).add_(eps).rsqrt_()
         logits_BV = SOFT_CAP * torch.tanh(self.logits_BV.float() * (scale_B1 / SOFT_CAP))
-        uniforms_B = self.uniforms_TB.index_select(0, self.step_1)[0]
+        step_1 = self.step_B.add_(1)[:1]  # the same for all
+        uniforms_B = self.uniforms_TB.index_select(0, step_1)[0]
         ids_B, logprobs_B = draw_from_any(logits_BV, uniforms_B, self.form.sampling)
-        self.ids_TB.index_copy_(0, self.step_1, ids_B[None])
-        self.logprobs_TB.index_copy_(0, self.step_1, logprobs_B[None])
+        self.ids_TB.index_copy_(0, step_1, ids_B[None])
+        self.logprobs_TB.index_copy_(0, step_1, logprobs_B[None])
         self.x_BD.copy_(self.decoder.embedding_VD.index_select(0, ids_B))
 
-    def _record(self) -> None:
-        """Record a token. What the warm-ups leave behind, `begin` and the kernels overwrite."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self.step_1.zero_()
-                self._token()
-        torch.cuda.current_stream().wait_stream(side)
-        self.step_1.zero_()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._token()
 
-
-def padded(rows: Sequence[Sequence[int]], form: Form) -> list[list[int]]:
-    """Return as many rows as the form has, by repeating the last."""
-    return [list(row) for row in rows] + [list(rows[-1])] * (form.prompts - len(rows))
+def _recorded(
+    work: Callable[[], None], before: Callable[[], object] = lambda: None
+) -> Callable[[], None]:
+    """Return what does the same at once. What the warm-ups leave behind is overwritten."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            before()
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay

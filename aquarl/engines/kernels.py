@@ -59,7 +59,7 @@ def attend(
     x_BD: Tensor,
     cache: Cache,
     lengths_P: Tensor,
-    step_1: Tensor,
+    step_B: Tensor,
     turns: Tensor,
     shape: Shape,
     out_BD: Tensor,
@@ -70,7 +70,7 @@ def attend(
         qkv_BX: x_BD times the three projections, heads `interleaved`.
         x_BD: What stood before the product, not normalised.
         lengths_P: int64, what is real of the prompts.
-        step_1: int64, positions of the answers that are in the cache already.
+        step_B: int64, positions of the answers that are in the cache already.
         turns: (positions, K / 2, 2) fp32, see `gpt.rotary_turns`.
     """
     G, T = cache.keys.shape[2:4]
@@ -80,7 +80,7 @@ def attend(
         x_BD,
         *cache,
         lengths_P,
-        step_1,
+        step_B,
         turns,
         out_BD,
         G,
@@ -134,13 +134,14 @@ def choose(
     x_BD: Tensor,
     sums_BC: Tensor,
     uniforms_TB: Tensor,
-    step_1: Tensor,
+    step_B: Tensor,
     temperature: float,
     embedding_VD: Tensor,
     ids_TB: Tensor,
     logprobs_TB: Tensor,
 ) -> None:
-    """Draw a token for each row, note it and its log-probability, and put its embedding to x_BD."""
+    """Go a step on: draw a token for each row, note it and its log-probability, and put its
+    embedding to x_BD."""
     B, V = logits_BV.shape
     C, D = sums_BC.shape[1], x_BD.shape[1]
     _choose[(B,)](
@@ -148,7 +149,7 @@ def choose(
         x_BD,
         sums_BC,
         uniforms_TB,
-        step_1,
+        step_B,
         embedding_VD,
         ids_TB,
         logprobs_TB,
@@ -232,7 +233,7 @@ def _attend(
     row, head = tl.program_id(0), tl.program_id(1)
     prompt, answer = row // G, row % G
     kv_head = head // (HEADS // KV_HEADS)
-    t = tl.load(step)
+    t = tl.load(step + row)
     length = tl.load(lengths + prompt)
     scale = _scale(x, row, D, D_ROOM)
     qkv += row * ((HEADS + 2 * KV_HEADS) * K)
@@ -259,8 +260,8 @@ def _attend(
     of_prompt = (prompt * KV_HEADS + kv_head).to(tl.int64) * L * K
     prompt_keys += of_prompt
     prompt_values += of_prompt
-    totals, found = _look(q, prompt_keys, prompt_values, length, totals, found, K, K_ROOM, KEYS)
     totals, found = _look(q, keys, values, t, totals, found, K, K_ROOM, KEYS)
+    totals, found = _look(q, prompt_keys, prompt_values, length, totals, found, K, K_ROOM, KEYS)
     result = (tl.sum(found, axis=0) + value * own) / (tl.sum(totals) + own)
     out += row * (HEADS * K) + head * K
     tl.store(out + k, result.to(out.dtype.element_ty), mask=is_k)
@@ -323,7 +324,7 @@ def _choose(
     TOGETHER: tl.constexpr,
 ):
     row = tl.program_id(0)
-    t = tl.load(step)
+    t = tl.load(step + row) + 1
     c, i, d = tl.arange(0, C_ROOM), tl.arange(0, TOGETHER), tl.arange(0, D_ROOM)
     upto = tl.cumsum(tl.load(sums + row * C + c, mask=c < C, other=0.0))
     total = tl.max(upto)
@@ -340,6 +341,7 @@ def _choose(
     within = tl.sum((tl.cumsum(chances) <= threshold - before).to(tl.int32))
     chosen = tl.minimum(group * TOGETHER + tl.minimum(within, TOGETHER - 1), V - 1)
     chance = tl.sum(tl.where(v == chosen, chances, 0.0))
+    tl.store(step + row, t)
     tl.store(ids + t * B + row, chosen.to(tl.int64))
     tl.store(logprobs + t * B + row, tl.log(chance / total))
     word = tl.load(embedding + chosen.to(tl.int64) * D + d, mask=d < D)

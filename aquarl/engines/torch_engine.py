@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from aquarl.engines.decoder import Decoder, Decoding
@@ -32,7 +31,9 @@ if TYPE_CHECKING:  # what they are made of, Triton, comes with torch for GPUs al
     from aquarl.engines.graphs import Form, StaticBatch
 
 LOOK_EVERY = 8
-"""Tokens between two looks at which rows are finished. On a GPU each look is a wait."""
+"""Tokens between two looks at which rows are finished. On a GPU each look is a wait, except"""
+FETCH_EVERY = 4
+"""where tensors keep their shapes: then these so many are looked at while the next are drawn."""
 
 COMPACT_BELOW = 0.8
 """Rows are copied together once this share of them, or less, is still needed."""
@@ -82,72 +83,59 @@ class TorchSampler:
         self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Rollout]]:
         """See `Sampler.sample`. Raises: ConfigError, when a prompt is too long for the model."""
-        P, G, T = len(prompts), len(seeds[0]), sampling.max_new_tokens
-        self._check_room(prompts, T)
+        P, G = len(prompts), len(seeds[0])
+        self._check_room(prompts, sampling.max_new_tokens)
         by_length = sorted(range(P), key=lambda p: len(prompts[p].ids))
         rows = [prompts[p].ids for p in by_length]
-        uniforms_TB = _uniforms([seeds[p] for p in by_length], T).T.to(self.device)
-        batch = _Batch(P, G, T, self.stop_id, self.device)
         sample = self._sample_static if self._is_static else self._sample
-        sample(rows, uniforms_TB, sampling, batch)
-        rollouts_of = dict(zip(by_length, batch.rollouts(), strict=True))
+        drawn_B = sample(rows, [seeds[p] for p in by_length], sampling)
+        rollouts_of = {p: drawn_B[n * G : (n + 1) * G] for n, p in enumerate(by_length)}
         return [rollouts_of[p] for p in range(P)]
 
     def _sample(
-        self,
-        rows: Sequence[Sequence[int]],
-        uniforms_TB: Tensor,
-        sampling: Sampling,
-        batch: _Batch,
-    ) -> None:
+        self, rows: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[Rollout]:
+        P, G, T = len(rows), len(seeds[0]), sampling.max_new_tokens
         prefixes, last_hidden_PD = self._prefill(rows)
-        answers = Decoding(self.decoder, prefixes, batch.G, room=len(uniforms_TB))
-        squashed_BV = self.decoder.squashed(last_hidden_PD).repeat_interleave(batch.G, dim=0)
+        uniforms_TB = _uniforms(seeds, T).T.to(self.device)
+        answers = Decoding(self.decoder, prefixes, G, room=T)
+        batch = _Batch(P, G, T, self.stop_id, self.device)
+        squashed_BV = self.decoder.squashed(last_hidden_PD).repeat_interleave(G, dim=0)
         for t, uniforms_B in enumerate(uniforms_TB):
             ids_B, logprobs_B = draw(squashed_BV, uniforms_B[batch.rows_B], sampling)
             batch.record(ids_B, logprobs_B, self.version)
             is_time = t % LOOK_EVERY == 0
-            if t == len(uniforms_TB) - 1 or (is_time and batch.is_done):
+            if t == T - 1 or (is_time and batch.is_done):
                 break
             if is_time and (kept_B := batch.compact(answers)) is not None:
                 ids_B = ids_B[kept_B]
             if (weights := self.newer_weights()) is not None:
                 self.load_weights(weights)
             squashed_BV = self.decoder.squashed(answers.step(ids_B))
+        return batch.rollouts()
 
     def _sample_static(
-        self,
-        rows: Sequence[Sequence[int]],
-        uniforms_TB: Tensor,
-        sampling: Sampling,
-        batch: _Batch,
-    ) -> None:
+        self, rows: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[Rollout]:
         """As `_sample`, with finished rows going on unheard until all are."""
-        from aquarl.engines.graphs import Form, padded
+        from aquarl.engines.graphs import Form
 
-        form = Form.holding(len(rows), batch.G, sampling)
-        static = self._static_for(form, max(map(len, rows)))
-        real = batch.rows_B
-        ids_PT, lengths_P = pad(padded(rows, form), self.device)
-        prefix = Prefix(lengths_P)
-        hidden_PTD = self.model(ids_PT, prefix)
-        last_hidden_PD = hidden_PTD[torch.arange(form.prompts), lengths_P - 1]
-        missing = form.prompts * batch.G - len(real)
-        static.begin(prefix, last_hidden_PD, F.pad(uniforms_TB, (0, missing)))
-        for t in range(len(uniforms_TB)):
-            drawn_from = self.version
+        P, G, T = len(rows), len(seeds[0]), sampling.max_new_tokens
+        static = self._static_for(Form.holding(P, G, sampling), max(map(len, rows)))
+        static.begin(rows)
+        static.uniforms_TB[:, : P * G] = _uniforms(seeds, T).T.to(self.device)
+        drawn = _Drawn(P * G, self.stop_id)
+        for t in range(T):
+            drawn.versions_T.append(self.version)
             if (weights := self.newer_weights()) is not None:
                 self.load_weights(weights)  # `token` draws from what the old ones computed
             static.token()
-            batch.versions_T.append(drawn_from)
-            is_last = t == len(uniforms_TB) - 1
-            if is_last or t % LOOK_EVERY == 0:
-                batch.ids_TB, batch.logprobs_TB = (
-                    static.ids_TB[:, real],
-                    static.logprobs_TB[:, real],
-                )
-                if is_last or batch.is_done:
+            if (t + 1) % FETCH_EVERY == 0:
+                drawn.fetch(static.ids_TB, static.logprobs_TB)
+                if drawn.is_done:
                     break
+        drawn.fetch(static.ids_TB, static.logprobs_TB)
+        return drawn.rollouts()
 
     def _static_for(self, form: Form, longest: int) -> StaticBatch:
         """Return the batch of a form with room for such a prompt, made anew where there is none."""
@@ -205,7 +193,7 @@ class _Batch:
         """What a row has drawn; after it was dropped, the stop token."""
         self.logprobs_TB = torch.zeros(T, P * G, device=device)
         self.versions_T: list[int] = []
-        """All rows draw their token t from the same weights."""
+        """See `_rollouts`."""
 
     def record(self, ids_B: Tensor, logprobs_B: Tensor, version: int) -> None:
         t = len(self.versions_T)
@@ -242,28 +230,86 @@ class _Batch:
         self.rows_B, self.shape = self.rows_B[kept_B], (len(prompts), G)
         return kept_B
 
-    def rollouts(self) -> list[list[Rollout]]:
-        ids_BT = self.ids_TB[: len(self.versions_T)].T
-        is_stop_BT = ids_BT == self.stop_id
-        stopped = is_stop_BT.any(dim=1)
-        first_B = is_stop_BT.to(torch.int8).argmax(dim=1) + 1
-        lengths = first_B.where(stopped, torch.full_like(first_B, len(self.versions_T)))
-        flat = [
-            Rollout(tuple(i[:n]), tuple(p[:n]), was_stopped, self._versions(n))
-            for i, p, n, was_stopped in zip(
-                ids_BT.tolist(),
-                self.logprobs_TB.T.tolist(),
-                lengths.tolist(),
-                stopped.tolist(),
-                strict=True,
-            )
-        ]
-        return [flat[start : start + self.G] for start in range(0, len(flat), self.G)]
+    def rollouts(self) -> list[Rollout]:
+        ids_BT, logprobs_BT = self.ids_TB.T.tolist(), self.logprobs_TB.T.tolist()
+        return _rollouts(ids_BT, logprobs_BT, self.versions_T, self.stop_id)
 
-    def _versions(self, n: int) -> tuple[int, ...]:
-        """Return the versions of an answer's n tokens, or nothing where they are all the same."""
-        versions = tuple(self.versions_T[:n])
-        return versions if versions[0] != versions[-1] else ()
+
+class _Drawn:
+    """What the rows of a static batch have drawn, fetched while a GPU draws what comes next."""
+
+    def __init__(self, B: int, stop_id: int) -> None:
+        self._stop_id = stop_id
+        self._ids_BT: list[list[int]] = [[] for _ in range(B)]
+        self._logprobs_BT: list[list[float]] = [[] for _ in range(B)]
+        self._is_stopped_B = torch.zeros(B, dtype=torch.bool)
+        self._coming: _Coming | None = None
+        self._asked = 0
+        """Tokens of each row that were read, or are coming."""
+        self.versions_T: list[int] = []
+        """See `_rollouts`."""
+
+    def fetch(self, ids_TB: Tensor, logprobs_TB: Tensor) -> None:
+        """Have the tokens sent that were drawn since, and read those that were sent before."""
+        new = slice(self._asked, len(self.versions_T)), slice(len(self._ids_BT))
+        coming = _Coming(ids_TB[new], logprobs_TB[new])
+        self._asked = len(self.versions_T)
+        self._read()
+        self._coming = coming
+
+    def _read(self) -> None:
+        if self._coming is None:
+            return
+        ids_TB, logprobs_TB = self._coming.wait()
+        self._is_stopped_B |= (ids_TB == self._stop_id).any(dim=0)
+        for row, more in zip(self._ids_BT, ids_TB.T.tolist(), strict=True):
+            row += more
+        for chances, also in zip(self._logprobs_BT, logprobs_TB.T.tolist(), strict=True):
+            chances += also
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all rows have drawn the stop token, of what was read."""
+        return bool(self._is_stopped_B.all())
+
+    def rollouts(self) -> list[Rollout]:
+        self._read()
+        return _rollouts(self._ids_BT, self._logprobs_BT, self.versions_T, self._stop_id)
+
+
+class _Coming:
+    """Tensors on their way from a device."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._arrival = torch.cuda.Event() if tensors[0].is_cuda else None
+        if self._arrival:
+            self._arrival.record()
+
+    def wait(self) -> list[Tensor]:
+        if self._arrival:
+            self._arrival.synchronize()
+        return self._tensors
+
+
+def _rollouts(
+    ids_BT: list[list[int]],
+    logprobs_BT: list[list[float]],
+    versions_T: Sequence[int],
+    stop_id: int,
+) -> list[Rollout]:
+    """Cut each row after its stop token.
+
+    Args:
+        versions_T: All rows draw their token t from the same weights.
+    """
+    found = []
+    for ids, logprobs in zip(ids_BT, logprobs_BT, strict=True):
+        was_stopped = stop_id in ids
+        n = ids.index(stop_id) + 1 if was_stopped else len(versions_T)
+        versions = tuple(versions_T[:n]) if versions_T[0] != versions_T[n - 1] else ()
+        found.append(Rollout(tuple(ids[:n]), tuple(logprobs[:n]), was_stopped, versions))
+    return found
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -64,14 +64,15 @@ class Packed:
 
     def __call__(self, layer: int, q_1HNK: Tensor, k_1JNK: Tensor, v_1JNK: Tensor) -> Tensor:
         R = q_1HNK.shape[1] // k_1JNK.shape[1]
-        k_HNK, v_HNK = k_1JNK[0], v_1JNK[0]
+        # Not x[0], whose way back is a tensor of zeros and a copy.
+        q_HNK, k_HNK, v_HNK = (x.squeeze(0) for x in (q_1HNK, k_1JNK, v_1JNK))
         if R > 1:
             k_HNK, v_HNK = (x.repeat_interleave(R, dim=0) for x in (k_HNK, v_HNK))
         if self._is_flash:
-            rows = (x.transpose(0, 1) for x in (q_1HNK[0], k_HNK, v_HNK))
+            rows = (x.transpose(0, 1) for x in (q_HNK, k_HNK, v_HNK))
             y_NHK: Tensor = _FlashAttention.apply(*rows, self._spans)
             return y_NHK.transpose(0, 1)[None]
-        y_HNK: Tensor = _PackedAttention.apply(q_1HNK[0], k_HNK, v_HNK, self._groups)
+        y_HNK: Tensor = _PackedAttention.apply(q_HNK, k_HNK, v_HNK, self._groups)
         return y_HNK[None]
 
 
@@ -245,9 +246,7 @@ class _FlashAttention(torch.autograd.Function):
         share_MH1 = (other.logsum - logsum_HM).exp().T[:, :, None]
         torch.lerp(own.y, other.y, share_MH1.to(own.y.dtype), out=y_NHK[Q:])
         ctx.spans = spans
-        ctx.save_for_backward(
-            q_NHK, k_NHK, v_NHK, y_NHK, prompt.logsum, logsum_HM, *prompt.state
-        )
+        ctx.save_for_backward(q_NHK, k_NHK, v_NHK, y_NHK, prompt.logsum, logsum_HM, *prompt.state)
         return y_NHK
 
     @staticmethod
