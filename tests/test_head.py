@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -81,8 +79,15 @@ def test_a_gpus_kernels_give_what_a_cpus_operations_give(
 
     monkeypatch.setattr(fused, "WORDS_AT_ONCE", 16)  # so that a row has several parts
 
-    def plain_chunk(*args: Any, room_CV: Tensor | None = None) -> head._Chunk:
-        return head._Chunk(*args[:4], room_CV=room_CV)
+    def plain_chunk(
+        hidden_CD: Tensor,
+        weight_VD: Tensor,
+        ids_C: Tensor,
+        temperature: float,
+        logprobs_C: Tensor | None = None,
+        room_CV: Tensor | None = None,
+    ) -> head._Chunk:
+        return head._Chunk(hidden_CD, weight_VD, ids_C, temperature, room_CV)
 
     found = []
     for chunk in (head._FusedChunk, plain_chunk):
