@@ -18,8 +18,13 @@ from tests.fakes import random_model
 from tests.test_torch_engine import STOP, VOCAB, assert_same, policy, prompts, seeds
 
 NEW = 5
-"""Few: an interpreted kernel takes a CPU some 30 ms a row and token."""
-SAMPLINGS = [Sampling(NEW), Sampling(NEW, temperature=0.0), Sampling(NEW, 0.7, top_k=5)]
+"""Few: an interpreted kernel takes a CPU some 30 ms a row, token, head and layer."""
+FEW_HEADS = {"heads": 2, "kv_heads": 1}
+SAMPLINGS: list[tuple[Sampling, dict[str, int]]] = [
+    (Sampling(NEW), {}),
+    (Sampling(NEW, temperature=0.0), {"layers": 1, **FEW_HEADS}),
+    (Sampling(NEW, 0.7, top_k=5), {"layers": 1, **FEW_HEADS}),
+]
 
 
 def assert_all_same(ours: list[list[Rollout]], theirs: list[list[Rollout]]) -> None:
@@ -27,13 +32,13 @@ def assert_all_same(ours: list[list[Rollout]], theirs: list[list[Rollout]]) -> N
         assert_same(row, expected)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["sampled", "greedy", "top k"])
+@pytest.mark.parametrize(("sampling", "shape"), SAMPLINGS, ids=["sampled", "greedy", "top k"])
 def test_static_tensors_give_the_same_tokens(
-    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+    sampling: Sampling, shape: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "KEYS_AT_ONCE", 4)  # so that there are several times to look
-    static, usual = (TorchSampler(policy(), STOP, is_static=x) for x in (True, False))
-    for lengths in ((4, 9), (1,), (3, 8)):  # the third into the places of the first
+    static, usual = (TorchSampler(policy(**shape), STOP, is_static=x) for x in (True, False))
+    for lengths in ((4,), (1, 9), (3,)):  # the third into the places of the first
         asked, drawn = prompts(lengths), seeds(len(lengths), 2)
         found = static.sample(asked, drawn, sampling)
         assert_all_same(found, usual.sample(asked, drawn, sampling))
@@ -41,12 +46,12 @@ def test_static_tensors_give_the_same_tokens(
 
 
 def test_new_weights_come_into_the_places_of_the_old_ones() -> None:
-    samplers = [TorchSampler(policy(), STOP, is_static=x) for x in (True, False)]
-    asked, drawn = prompts((4, 9)), seeds(2, 2)
+    samplers = [TorchSampler(policy(**FEW_HEADS), STOP, is_static=x) for x in (True, False)]
+    asked, drawn = prompts((4,)), seeds(1, 2)
     before, after = [], []
     for sampler in samplers:
         before.append(sampler.sample(asked, drawn, Sampling(NEW)))
-        sampler.load_weights(flatten(policy(seed=1), version=1))
+        sampler.load_weights(flatten(policy(seed=1, **FEW_HEADS), version=1))
         after.append(sampler.sample(asked, drawn, Sampling(NEW)))
     assert before[0] != after[0]
     assert_all_same(*after)
@@ -62,14 +67,14 @@ def test_heads_of_any_even_width_and_shared_keys_are_the_same() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_weights_may_change_inside_a_generation(temperature: float) -> None:
-    found = []
+    found, newest = [], flatten(policy(seed=1, **FEW_HEADS), version=1)
     for is_static in (True, False):
-        sampler = TorchSampler(policy(), STOP, is_static=is_static)
+        sampler = TorchSampler(policy(**FEW_HEADS), STOP, is_static=is_static)
         asked: list[int] = []
 
         def newer(asked: list[int] = asked) -> Weights | None:
             asked.append(1)
-            return flatten(policy(seed=1), version=1) if len(asked) == 3 else None
+            return newest if len(asked) == 3 else None
 
         sampler.newer_weights = newer
         found.append(sampler.sample(prompts((4, 9)), seeds(2, 2), Sampling(NEW, temperature)))

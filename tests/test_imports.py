@@ -175,6 +175,25 @@ def test_what_only_hires_and_hands_on_starts_without_torch(
     assert run.stdout.strip() == "[]"
 
 
+def test_a_learner_steps_and_resumes_without_torchs_compiler() -> None:
+    """It takes a second or two to import, and torch's own optimizers do."""
+    code = (
+        "import sys\n"
+        "from aquarl.config import RLConfig\n"
+        "from aquarl.rl.learner import Learner\n"
+        "from tests.fakes import make_group, random_model\n"
+        "learner = Learner(random_model(), RLConfig())\n"
+        "learner.update([make_group([1, 2], [[3], [4]])], 2, 2)\n"
+        "learner.load_state(learner.state())\n"
+        "print(learner.step, 'torch._dynamo' in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "1 False"
+
+
 @pytest.mark.parametrize(
     ("module", "line", "fault"),
     [

@@ -21,9 +21,9 @@ VOCAB, STOP = 24, 3
 NEW = 20
 
 
-def policy(seed: int = 0) -> GPT:
+def policy(seed: int = 0, **shape: int) -> GPT:
     """A model that is sure of little, so that answers differ, and often says the stop token."""
-    model = random_model(VOCAB, seed=seed, context=16)
+    model = random_model(VOCAB, seed=seed, context=16, **shape)
     with torch.no_grad():
         model.lm_head.weight[STOP].mul_(2.5)
     return model

@@ -9,6 +9,7 @@ Source: Muon, kellerjordan.github.io/posts/muon; nanochat/gpt.py `setup_optimize
 from __future__ import annotations
 
 from collections import defaultdict
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -21,7 +22,21 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MOMENTUM_WARMUP_STEPS = 300
 
 
-class Muon(torch.optim.Optimizer):
+class _Plain(torch.optim.Optimizer):
+    """An optimizer that `torch.compile` is never to look into. Torch's own import the compiler, a
+    second or two, only to tell it so."""
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(_Plain, torch.optim.AdamW):
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+class Muon(_Plain):
     """`torch.optim.Muon`, with all matrices of one shape in one batch.
 
     Its Newton-Schulz iterates in bf16 on GPUs, as torch's, and in fp32 on CPUs, which mostly have
@@ -96,7 +111,7 @@ class Optimizer:
             adamw_groups.append({"params": matrices, "lr": config.matrix_lr, "weight_decay": 0.0})
         else:
             self.muon = Muon(matrices, lr=config.matrix_lr)
-        adamw = torch.optim.AdamW(adamw_groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
+        adamw = AdamW(adamw_groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
         self._all = [adamw] + ([self.muon] if self.muon else [])
         for group in self._groups():
             group["peak_lr"] = group["lr"] * config.lr_scale
