@@ -125,12 +125,16 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def eventually(look: Callable[[], Any]) -> Any:
-    """Return what `look` returns once that is truthy."""
+def eventually(look: Callable[[], Any], every: float = 0.05) -> Any:
+    """Return what `look` returns once that is truthy.
+
+    Args:
+        every: Seconds between two looks. A look that is a command takes from what it waits for.
+    """
     deadline = time.monotonic() + PATIENCE_S
     while not (seen := look()):
         assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
+        time.sleep(every)
     return seen
 
 

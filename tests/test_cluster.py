@@ -24,7 +24,9 @@ from ray.train.torch import TorchConfig
 
 from aquarl.cli import main
 from aquarl.cluster.errors import plain_errors
+from aquarl.cluster.launch import run_stages
 from aquarl.cluster.meeting import Meeting
+from aquarl.config import load_config
 from aquarl.errors import ClusterError
 from aquarl.records import Metrics
 from tests.conftest import assert_same, rows, run_rl, weights
@@ -176,8 +178,7 @@ def test_two_learners_equal_one_up_to_rounding(
     """RL and, with the SFT stage removed as well, a supervised stage, in one group of two."""
     shutil.rmtree(after_sft / "checkpoints/sft")
     (after_sft / "results/sft.json").unlink()
-    both = ["cluster.learners=2", f"run.dir={after_sft}"]
-    assert main(["pipeline", "--config", tiny, *both, "evaluate.problems=2"]) == 0
+    run_stages(load_config(tiny, ["cluster.learners=2", f"run.dir={after_sft}"]), ("sft", "rl"))
     alone = weights(finished_run, "sft")
     for name, value in weights(after_sft, "sft").items():
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-4)

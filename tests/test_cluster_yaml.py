@@ -6,6 +6,7 @@ import copy
 import ipaddress
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -152,6 +153,14 @@ def test_every_ray_process_starts_with_the_token(cluster: dict[str, Any], tmp_pa
         assert environment["RAY_AUTH_TOKEN_PATH"] == f"{tmp_path}/.ray/auth_token"
         assert environment["RAY_health_check_failure_threshold"] == "4"
     assert runs[3].startswith("start --address=10.0.0.1:6379")
+
+
+def test_hosts_of_ones_own_are_told_the_same_checks() -> None:
+    def checks(text: str) -> dict[str, str]:
+        return dict(re.findall(r"\b(RAY_(?:health|raylet)_\w+)=(\d+)", text))
+
+    assert checks((ROOT / "docs" / "hosts.md").read_text()) == checks(TEXT)
+    assert len(checks(TEXT)) == 5
 
 
 def test_the_token_reaches_every_node_and_stands_in_no_file_here(cluster: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 AGAIN = "while true; do ray start --block --disable-usage-stats {}; sleep 0.2; done"
+STARTED = "Ray runtime started"
 STEPS = 24
 """Four epochs of the 48 problems: enough to be in the middle of the run when something happens."""
 HERE = (f"rl.steps={STEPS}", "rl.eval_every=100", "cluster.learner_cpus=5")
@@ -105,24 +106,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         head, learner, *rollouts = (switch.host() for _ in range(4))
         head.environment["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = HEAD_ID
         as_head = f"--head --autoscaling-config={folder}/autoscaler.json"
-        ray_up(head, folder, f"{as_head} --dashboard-host=127.0.0.1 --num-cpus=0")
+        books = ray_up(head, folder, f"{as_head} --dashboard-host=127.0.0.1 --num-cpus=0")
+        eventually(lambda: STARTED in books.read_text())
         join = f"--address={head.address}:6379"
-        ray_up(learner, folder, f"{join} --num-cpus=5")
-        for host in rollouts:
-            ray_up(host, folder, f"{join} --num-cpus=4")
+        cpus = {learner: 5, rollouts[0]: 4, rollouts[1]: 4}
+        logs = [ray_up(host, folder, f"{join} --num-cpus={n}") for host, n in cpus.items()]
+        eventually(lambda: all(STARTED in log.read_text() for log in logs))
         yield Cluster(switch, head, learner, (rollouts[0], rollouts[1]))
 
 
-def ray_up(host: Host, folder: Path, options: str) -> None:
-    """Have Ray run on a host, and again whenever it ends."""
+def ray_up(host: Host, folder: Path, options: str) -> Path:
+    """Have Ray run on a host, and again whenever it ends. Returns the log of its starts."""
     log = folder / f"{host.address}.log"
     options += f" --node-ip-address={host.address} --object-store-memory=100000000"
     host.start("sh", "-c", AGAIN.format(options), log=log)
-    eventually(lambda: "Ray runtime started" in log.read_text())
+    return log
 
 
-def nodes(cluster: Cluster, host: Host, state: str) -> list[dict[str, Any]]:
-    """Return what the dashboard says of a host's nodes; it listens on the head's loopback."""
+def nodes(cluster: Cluster, state: str, *hosts: Host) -> list[dict[str, Any]]:
+    """Return what the dashboard says of these hosts' nodes; it listens on the head's loopback."""
     ask = (
         "import os, urllib.request as u;"
         "token = open(os.environ['RAY_AUTH_TOKEN_PATH']).read();"
@@ -133,7 +135,8 @@ def nodes(cluster: Cluster, host: Host, state: str) -> list[dict[str, Any]]:
     done = cluster.head.call(sys.executable, "-c", ask)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["data"]["result"]["result"]
-    return [node for node in found if (node["node_ip"], node["state"]) == (host.address, state)]
+    addresses = {host.address for host in hosts}
+    return [node for node in found if node["state"] == state and node["node_ip"] in addresses]
 
 
 def submit(cluster: Cluster, tiny: str, run: Path, *settings: str) -> Any:
@@ -232,7 +235,7 @@ def test_a_learners_host_that_is_cut_costs_the_steps_since_the_checkpoint(
     (learner,) = cluster.learner.processes("ray::RayTrainWorker")
     cluster.switch.unplug(cluster.learner)
     cut_at = time.time()
-    eventually(lambda: nodes(cluster, cluster.learner, "DEAD"))
+    eventually(lambda: nodes(cluster, "DEAD", cluster.learner), every=1)
     cluster.switch.plug(cluster.learner)
     plugged_at = time.time()
     eventually(lambda: set(cluster.learner.processes("ray::RayTrainWorker")) - {learner})
@@ -283,11 +286,11 @@ def test_a_cut_host_and_a_dead_one_cost_their_leases_and_nothing_else(
     assert {row["worker"] for row in trained if row["sampled"][0] > off_at} == {"rollout-2"}
     print(f"\nup to the cut {cut_at - began:.1f} s; back after {back_at - plugged_at:.1f} s")
     for host, at in ((cut, cut_at), (dying, off_at)):
-        dead_at = nodes(cluster, host, "DEAD")[0]["end_time_ms"] / 1000
+        dead_at = nodes(cluster, "DEAD", host)[0]["end_time_ms"] / 1000
         again_at = min(row["sampled"][0] for row in trained if row["sampled"][0] > dead_at)
         print(f"{host.address}: noticed in {dead_at - at:.1f} s, leased in {again_at - at:.1f} s")
         assert at < dead_at < again_at < at + 30
-    assert len(nodes(cluster, cut, "ALIVE")) == 1
+    assert len(nodes(cluster, "ALIVE", cut)) == 1
     print(f"all {ended_at - began:.1f} s")
 
 
@@ -305,7 +308,7 @@ def test_after_the_end_of_the_cluster_the_same_command_goes_on_from_the_checkpoi
     assert following.returncode == 2 and not (after_sft / "results/rl.json").exists()
     assert "start it and type the same command again" in err and "Traceback" not in err
     there = cluster.head, cluster.learner, cluster.rollouts[0]
-    eventually(lambda: all_up(cluster, there))
+    eventually(lambda: all_up(cluster, there), every=1)
     up_at = time.time()
     again = submit(cluster, tiny, after_sft, *command)
     out, err = again.communicate(timeout=PATIENCE_S)
@@ -317,9 +320,10 @@ def test_after_the_end_of_the_cluster_the_same_command_goes_on_from_the_checkpoi
 
 def all_up(cluster: Cluster, hosts: Sequence[Host]) -> bool:
     try:
-        return all(nodes(cluster, host, "ALIVE") for host in hosts)
+        up = {node["node_ip"] for node in nodes(cluster, "ALIVE", *hosts)}
     except (AssertionError, json.JSONDecodeError):  # the dashboard is not up yet
         return False
+    return len(up) == len(hosts)
 
 
 def hold(cluster: Cluster, host: Host) -> None:

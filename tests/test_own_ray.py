@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import ray
-from psutil import CONN_LISTEN, Error, Process, process_iter
+from psutil import CONN_LISTEN, Error, Process, net_connections, process_iter
 
 from aquarl.cli import main
 from aquarl.model.checkpoint import latest_checkpoint
@@ -83,11 +83,12 @@ def look_at(pid: int, seen: Watched) -> None:
     """Write down who listens where, and which logs hold a secret."""
     with suppress(Error):
         parent = Process(pid)
-        for process in (parent, *parent.children(recursive=True)):
-            with suppress(Error):  # it may end while we look
-                for socket in process.net_connections("inet"):
-                    if socket.status == CONN_LISTEN:
-                        seen.listening[process.name(), socket.laddr.ip] = socket.laddr.port
+        family = {each.pid: each for each in (parent, *parent.children(recursive=True))}
+        for socket in net_connections("inet"):  # one process after the other takes 8 times as long
+            if socket.status == CONN_LISTEN and socket.laddr and socket.pid in family:
+                with suppress(Error):  # it may end while we look
+                    name = family[socket.pid].name()
+                    seen.listening[name, socket.laddr.ip] = socket.laddr.port
     seen.told |= holding_a_secret(seen.temporary)
 
 

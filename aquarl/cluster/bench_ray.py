@@ -222,7 +222,8 @@ def _two_workers(
             actor = stack.enter_context(hired_stream(config, wanted=True))
             streams[count] = RayStream(config, actor)
             streams[count].begin(work.shape)
-            _until_up(streams[count], count)
+        for count, stream in streams.items():
+            _until_up(stream, count)
         for repeat in range(repeats + 1):
             for count, stream in streams.items():
                 sampled_per_s = _sampled_per_second(stream, learner)

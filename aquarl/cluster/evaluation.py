@@ -10,12 +10,7 @@ from typing import Any
 
 import ray
 
-from aquarl.cluster.results import (
-    finished_checkpoint,
-    finished_policy,
-    run_and_stage,
-    tokenizer_folder,
-)
+from aquarl.cluster.results import finished_checkpoint, finished_policy, run_and_stage
 from aquarl.cluster.rollout_pool import sampler_maker, unused
 from aquarl.cluster.waits import wait_for
 from aquarl.config import Config
@@ -124,25 +119,25 @@ def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str
         ConfigError: The split is empty.
     """
     problems = problems_to_evaluate(config)
-    tokenizer = Tokenizer.load(tokenizer_folder(config))
-    models: dict[str, GPT] = {
-        stage: finished_policy(config.run.dir, stage, tokenizer.fingerprint)
-        for stage in config.evaluate.stages
-    }
-    results = _measured(config, models, tokenizer, problems)
-    summary = evaluation_summary(config.evaluate.split, results)
+    stages = config.evaluate.stages
+    places: list[tuple[str, str]] = [(config.run.dir, stage) for stage in stages]
     if against is not None:
-        last = config.evaluate.stages[-1]
-        folder, stage = run_and_stage(against, last)
-        other = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
-        other_tokenizer = Tokenizer.load(tokenizer_folder(other))
-        model = finished_policy(folder, stage, other_tokenizer.fingerprint)
-        measured = _measured(other, {against: model}, other_tokenizer, problems)[against]
-        summary["stages"][against] = measured
-        summary["comparisons"].append({"a": against, "b": last, **compare(measured, results[last])})
-        summary["stages"][against]["checkpoint"] = _step_and_stage(folder, stage)
-    for name in config.evaluate.stages:
-        summary["stages"][name]["checkpoint"] = _step_and_stage(config.run.dir, name)
+        places.append(run_and_stage(against, stages[-1]))
+    words = {folder: Tokenizer.load(f"{folder}/tokenizer") for folder in dict(places)}
+    policies = [
+        (finished_policy(folder, stage, words[folder].fingerprint), words[folder])
+        for folder, stage in places
+    ]
+    measured = _measured(config, policies, problems)
+    for result, place in zip(measured, places, strict=True):
+        result["checkpoint"] = _step_and_stage(*place)
+    summary = evaluation_summary(
+        config.evaluate.split, dict(zip(stages, measured[: len(stages)], strict=True))
+    )
+    if against is not None:
+        here, other = measured[-2:]
+        summary["stages"][against] = other
+        summary["comparisons"].append({"a": against, "b": stages[-1], **compare(other, here)})
     return summary
 
 
@@ -153,21 +148,21 @@ def _step_and_stage(run_dir: str, stage: str) -> dict[str, Any]:
 
 
 def _measured(
-    config: Config, models: dict[str, GPT], tokenizer: Tokenizer, problems: Sequence[Problem]
-) -> dict[str, dict[str, Any]]:
-    """Return the measures of each policy; those of one shape share their workers."""
+    config: Config, policies: Sequence[tuple[GPT, Tokenizer]], problems: Sequence[Problem]
+) -> list[dict[str, Any]]:
+    """Return the measures of each policy; neighbours of one shape share their workers."""
     workers = min(config.rl.rollout_workers.min, len(problems))
     pool: PooledSampler | None = None
-    measured: dict[str, dict[str, Any]] = {}
+    measured: list[dict[str, Any]] = []
     try:
-        for name, model in models.items():
-            if pool is None or pool.shape != model.shape:
+        for model, tokenizer in policies:
+            if pool is None or pool.shape != model.shape:  # which holds the vocabulary's size
                 if pool is not None:
                     pool.close()
                 pool = PooledSampler(config, model, tokenizer, workers)
             pool.load_weights(flatten(model, version=len(measured)))
-            measured[name] = evaluate_policy(
-                problems, tokenizer, pool, config.evaluate, config.run.seed
+            measured.append(
+                evaluate_policy(problems, tokenizer, pool, config.evaluate, config.run.seed)
             )
     finally:
         if pool is not None:

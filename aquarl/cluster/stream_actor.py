@@ -349,9 +349,9 @@ class StreamActor:
         }
 
     async def close(self) -> None:
-        """Send all workers home; those that do not go in time are ended."""
+        """Send all workers home; those that are not up, or do not go in time, are ended."""
         self._is_over = True
-        await self._notify()
+        await self._resize(0)
         deadline = time.monotonic() + 2 * TICK_S
         while self._workers and time.monotonic() < deadline:
             await self._wait(deadline)
