@@ -6,10 +6,11 @@
 First what must hold: a bf16 policy near its fp32 self, tokens from recorded CUDA graphs as those
 computed one by one, but for rounding, a learner's gradient near that of plain fp32, an all-reduce
 through NCCL (gloo on a CPU). Then `aquarl bench`'s rollouts, learner, step and sft at depth 8 with
-65,536 words, the RL step of 16 prompts x 16 answers x 256 tokens, and a profile of it. Writes
-OUT.json and OUT.md after each part; what does not fit into the minutes is left out and named. Ends
-with status 1 if anything is wrong, with 2 where there is no CUDA device. Without one, `--device
-cpu` wants Triton and its interpreter: TRITON_INTERPRET=1.
+65,536 words, the RL step of 16 prompts x 16 answers x 256 tokens, and a profile of it. Last, where
+vLLM is installed, its policy beside ours before and after new weights, and both engines' rollouts.
+Writes OUT.json and OUT.md after each part; what does not fit into the minutes is left out and
+named. Ends with status 1 if anything is wrong, with 2 where there is no CUDA device. Without one,
+`--device cpu` wants Triton and its interpreter: TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from aquarl.bench import pieces
@@ -35,7 +38,9 @@ from aquarl.bench.lines import PIECES, as_text, bench
 from aquarl.bench.timing import hardware
 from aquarl.bench.work import NEVER, Work
 from aquarl.engines.torch_engine import TorchSampler
+from aquarl.engines.vllm_engine import VllmSampler
 from aquarl.model.flat_weights import flatten
+from aquarl.model.gpt import GPT
 from aquarl.model.modes import keep_memory
 from aquarl.records import Rollout
 from aquarl.rl.batch import microbatches
@@ -47,23 +52,15 @@ BF16_GAP = 0.05
 """Nats a token, mean: how far a bf16 policy may be from its fp32 self on the same tokens."""
 GRADIENT_GAP = 0.1
 """Of any weight's gradient, relative: bf16 keeps 8 bits, and each passes through many products."""
+MISMATCH = 0.01
+"""Nats a token: the KL divergence of what vLLM samples from what the learner means."""
 
 
 def check_precision(work: Work, device: str) -> dict[str, Any]:
     """The sampler's log-probabilities in bf16 beside the learner's forward pass in fp32."""
     sampler = _sampler(work, device, torch.bfloat16)
     rollouts_PG = sampler.sample(work.prompt_list, work.seeds, work.sampling)
-    exact = work.model().to(device)
-    gaps: list[float] = []
-    with torch.inference_mode():
-        for prompt, row in zip(work.prompt_list, rollouts_PG, strict=True):
-            L = len(prompt.ids)
-            ids_GT = torch.tensor([prompt.ids + r.ids for r in row], device=device)
-            logprobs_GTV = exact.logits(exact(ids_GT[:, :-1])[:, L - 1 :]).log_softmax(dim=-1)
-            logprobs_GT1 = logprobs_GTV.gather(2, ids_GT[:, L:, None])
-            sampled_GT = torch.tensor([r.logprobs for r in row], device=device)
-            gaps.append(float((logprobs_GT1[..., 0] - sampled_GT).abs().mean()))
-    gap = sum(gaps) / len(gaps)
+    gap = float(_off(work, rollouts_PG, work.model(), device).abs().mean())
     return {"holds": gap < BF16_GAP, "mean_gap_nats": gap, "allowed": BF16_GAP}
 
 
@@ -128,12 +125,38 @@ def check_collective(work: Work, device: str) -> dict[str, Any]:
     return {"holds": numbers.tolist() == list(range(8)), "backend": backend}
 
 
+def check_vllm(work: Work, device: str) -> dict[str, Any]:
+    """Its log-probabilities beside the learner's forward pass in fp32, with weights, then others.
+
+    What it kept of the first weights, or of the prompts under them, would show in the second gap.
+    """
+    sampler = VllmSampler(work.shape, NEVER, device, rows=work.prompts * work.samples)
+    gaps, mismatches = [], []
+    for version in (0, 1):
+        model = replace(work, seed=work.seed + version).model()
+        sampler.load_weights(flatten(model, version))
+        rollouts_PG = sampler.sample(work.prompt_list, work.seeds, work.sampling)
+        off_N = _off(work, rollouts_PG, model, device)
+        gaps.append(float(off_N.abs().mean()))
+        mismatches.append(float(-off_N.mean()))
+    sampler.shutdown()
+    return {
+        "holds": max(gaps) < BF16_GAP and max(map(abs, mismatches)) < MISMATCH,
+        "mean_gaps_nats": gaps,
+        "mismatch_nats": mismatches,
+        "allowed": MISMATCH,
+    }
+
+
 CHECKS: dict[str, Check] = {
     "bf16 near fp32": check_precision,
     "recorded decoding = usual decoding": check_graphs,
     "learner's gradient near the plain one": check_gradient,
     "all-reduce": check_collective,
 }
+
+
+VLLM = "vLLM near the learner"
 
 
 def profiled(work: Work, device: str) -> list[dict[str, Any]]:
@@ -152,6 +175,21 @@ def profiled(work: Work, device: str) -> list[dict[str, Any]]:
     return [{"operator": name, "ms": round(times[name], 3)} for name in heaviest]
 
 
+def _off(work: Work, rollouts_PG: Sequence[Sequence[Rollout]], model: GPT, device: str) -> Tensor:
+    """Return the log-probability of each sampled token as the model in fp32 has it, less the one
+    that its sampler told."""
+    exact, off = model.to(device), []
+    with torch.inference_mode():
+        for prompt, row in zip(work.prompt_list, rollouts_PG, strict=True):
+            L = len(prompt.ids)
+            ids_GT = torch.tensor([prompt.ids + r.ids for r in row], device=device)
+            logprobs_GTV = exact.logits(exact(ids_GT[:, :-1])[:, L - 1 :]).log_softmax(dim=-1)
+            logprobs_GT = logprobs_GTV.gather(2, ids_GT[:, L:, None])[..., 0]
+            sampled_GT = torch.tensor([r.logprobs for r in row], device=device)
+            off.append((logprobs_GT - sampled_GT).flatten())
+    return torch.cat(off)
+
+
 def _sampler(
     work: Work, device: str, dtype: torch.dtype, is_static: bool | None = None
 ) -> TorchSampler:
@@ -166,7 +204,7 @@ def run(device: str, *, small: bool, minutes: float, out: str | None = None) -> 
     began = time.monotonic()
     torch.set_num_threads(1)
     keep_memory()
-    size = "1,32,2,512" if small else "d8"
+    size = "1,64,2,512" if small else "d8"
     counts: dict[str, Any] = {}
     if small:
         counts = {"prompts": 2, "samples": 2, "max_new": 4, "rows": 2, "context": 16}
@@ -197,18 +235,23 @@ def run(device: str, *, small: bool, minutes: float, out: str | None = None) -> 
         if (seen := in_time(name, partial(check, checked, device))) is not None:
             result["checks"][name] = seen
         write()
+    settings: dict[str, Any] = {"repeats": 3, "threads": 1, "device": device}
     for kind in ("step", *(kind for kind in PIECES if kind != "step")):
-        settings: dict[str, Any] = {
-            "engines": ["torch"],
-            "repeats": 3,
-            "threads": 1,
-            "device": device,
-        }
-        lines = in_time(f"bench {kind}", partial(bench, kind, measured, **settings))
+        lines = in_time(
+            f"bench {kind}", partial(bench, kind, measured, engines=["torch"], **settings)
+        )
         result["bench"] += lines or []
         write()
     result["profile"] = in_time("profile of a step", partial(profiled, measured, device)) or []
     write()
+    if find_spec("vllm"):  # last: it takes hold of its process
+        if (seen := in_time(VLLM, partial(check_vllm, checked, device))) is not None:
+            result["checks"][VLLM] = seen
+        write()
+        engines = ["torch", "vllm"]
+        both = partial(bench, "rollouts", measured, engines=engines, **settings)
+        result["bench"] += in_time("bench rollouts vllm", both) or []
+        write()
     return result
 
 

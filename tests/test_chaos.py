@@ -73,14 +73,21 @@ def test_a_lease_that_kills_its_workers_is_set_aside_and_the_run_goes_on(
     assert json.loads((after_sft / "results/rl.json").read_text())["stream"]["set_aside"] == 1
 
 
+@pytest.mark.parametrize(("budget", "replaced"), [(1, 1), (20, 2)])
 def test_a_pool_that_cannot_start_ends_with_the_reason(
-    after_sft: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    budget: int,
+    replaced: int,
+    after_sft: Path,
+    tiny: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """A start that raises an error is tried thrice, whatever the budget for deaths."""
     (after_sft / "broken").write_text("the graphics card is on fire")
     employ(monkeypatch)
-    assert run_rl(tiny, after_sft, "rl.worker_restarts=2") == 2
+    assert run_rl(tiny, after_sft, f"rl.worker_restarts={budget}") == 2
     said = capsys.readouterr().err
-    assert "the graphics card is on fire" in said and "2 were replaced" in said
+    assert "the graphics card is on fire" in said and f"{replaced} were replaced" in said
 
 
 def test_a_run_killed_at_random_is_the_same_to_the_bit(

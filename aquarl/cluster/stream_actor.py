@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from aquarl.cluster.errors import last_line, users_mistake
 from aquarl.cluster.kinds import for_kind, kinds_of, next_kind
@@ -39,6 +39,9 @@ from aquarl.storage import get, remove
 from aquarl.tasks.catalog import load_problems
 
 TICK_S = 1.0
+STARTS = 2
+"""Replacements, for each worker wanted, of those that raise an error as they start. What is not
+installed stays so; the memory that a predecessor had on a GPU is soon free."""
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,8 @@ class StreamActor:
         self._deaths_in_a_row = 0
         """Of workers, since a group came in. Several that one lease kills count once, those that
         raise an error one by one."""
+        self._failed_starts = 0
+        """Of workers, since a group came in: an error was raised before they asked for work."""
         self._fault: str | None = None
         self._is_over = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -211,7 +216,7 @@ class StreamActor:
     async def _accept(self, groups: Sequence[RolloutGroup]) -> None:
         accepted = [group for group in groups if self._stream.submit(group)]
         if accepted:
-            self._deaths_in_a_row = 0
+            self._deaths_in_a_row = self._failed_starts = 0
             self._metrics.accepted(accepted, self._stream.version)
         # Waking those who wait costs more than booking a lease, so it is done where it helps: the
         # learner when all it waits for is in, workers where refilling makes work for them.
@@ -237,14 +242,19 @@ class StreamActor:
         # An error is as likely to be the engine's as the lease's, so each counts.
         if isinstance(error, RayTaskError) or not any(lease.deaths > 1 for lease in leases):
             self._deaths_in_a_row += 1
+        has_started = not (isinstance(error, ActorDiedError) and error.actor_init_failed)
+        if not has_started:
+            self._failed_starts += 1
+            logger.warning("Rollout worker %s could not start: %s", name, last_line(error))
         if self._is_over or len(self._workers) >= self._wanted:
             pass
         elif isinstance(mistake := users_mistake(error), (ConfigError, DataError, CheckpointError)):
             self._fault = str(mistake)  # every worker would say the same
-        elif self._deaths_in_a_row > self._limit:
+        elif self._deaths_in_a_row > self._limit or self._failed_starts > STARTS * self._wanted:
             self._fault = (
-                f"Rollout worker {name} died ({last_line(error)}) and {self._replaced} were "
-                "replaced before it, so replacing it again would not help. The last checkpoint is "
+                f"Rollout worker {name} {'died' if has_started else 'could not start'} "
+                f"({last_line(error)}) and {self._replaced} were replaced before it, so replacing "
+                "it again would not help. The last checkpoint is "
                 "whole. If the log ends in an out-of-memory error, halve rl.prompts_per_lease; "
                 "then start the same command again to resume."
             )
