@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from aquarl.bench.work import Work
+
 SCRIPT = Path(__file__).parents[1] / "ray_jobs" / "gpu_check.py"
 
 
@@ -30,6 +32,13 @@ def test_it_checks_measures_and_writes_both_files(gpu_check: Any, tmp_path: Path
     assert len(result["profile"]) == 10 and result["left_out"] == []
     page = out.with_suffix(".md").read_text()
     assert page.count("| holds |") == 4 and "tokens per CPU second" in page
+
+
+@pytest.mark.vllm
+def test_vllm_is_held_to_the_learner_with_one_policy_and_then_another(gpu_check: Any) -> None:
+    work = Work("1,64,2,512", prompts=2, samples=2, max_new=4)
+    seen = gpu_check.check_vllm(work, "cpu")
+    assert seen["holds"] and max(seen["mean_gaps_nats"]) < 1e-5
 
 
 def test_what_is_wrong_is_said_and_what_is_late_is_named(
