@@ -395,7 +395,7 @@ def test_the_run_ends_with_its_last_step() -> None:
 
 
 def test_an_evaluation_goes_first_and_comes_back_in_its_order() -> None:
-    stream = stream_of()
+    stream = stream_of(rollout_workers=3)
     stream.publish(0)
     first = leased(stream, "busy")
     prompts = [PromptSource(PROBLEMS, TOKENIZER, seed=5).prompt(i) for i in range(5)]
@@ -411,6 +411,22 @@ def test_an_evaluation_goes_first_and_comes_back_in_its_order() -> None:
     assert groups is not None and problems_of(groups) == [p.problem_id for p in prompts]
     assert stream.answers("validation 0") is None, "they are given once"
     submit_all(stream, first)
+
+
+@pytest.mark.parametrize(
+    ("workers", "answers", "prompts", "sizes"),
+    [(1, 1, 8, [4, 4]), (1, 1, 11, [4, 4, 3]), (4, 1, 8, [2] * 4), (1, 2, 8, [2] * 4)],
+    ids=["two for a worker", "no more answers than in training", "for all workers", "many answers"],
+)
+def test_an_evaluation_is_cut_for_the_workers_there_may_be(
+    workers: int, answers: int, prompts: int, sizes: list[int]
+) -> None:
+    """A lease of the training is of two prompts with two answers each."""
+    stream = stream_of(rollout_workers=workers)
+    stream.publish(0)
+    asked = [stream.source.prompt(position) for position in range(prompts)]
+    stream.ask("e", asked, [tuple(range(answers))] * prompts, GREEDY)
+    assert [len(leased(stream, f"w{i}").prompts) for i in range(len(sizes))] == sizes
 
 
 def test_an_evaluation_survives_the_death_of_its_worker() -> None:

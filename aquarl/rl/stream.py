@@ -180,7 +180,7 @@ class RolloutStream:
         sampling: Sampling,
     ) -> None:
         """Queue an evaluation; `answers(name)` has its groups when they are in."""
-        size = self.config.prompts_per_lease
+        size = self._prompts_of_a_question(seeds)
         self._evaluations[name] = [
             self._new_lease(
                 self.next_step,
@@ -191,6 +191,15 @@ class RolloutStream:
             )
             for at in range(0, len(prompts), size)
         ]
+
+    def _prompts_of_a_question(self, seeds: Sequence[Sequence[int]]) -> int:
+        """Return how many prompts of an evaluation a lease holds: at most as many answers as one of
+        the training, and two leases for each worker there may be, so that none is long alone."""
+        config = self.config
+        answers = config.prompts_per_lease * config.rollouts_per_prompt
+        room = answers // max(map(len, seeds), default=1)
+        share = -(-len(seeds) // (2 * config.rollout_workers.max))
+        return max(config.prompts_per_lease, min(room, share))
 
     def answers(self, name: str) -> list[RolloutGroup] | None:
         """Return an evaluation's groups in the order of its prompts, once; None until then."""
