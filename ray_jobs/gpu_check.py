@@ -156,9 +156,6 @@ CHECKS: dict[str, Check] = {
 }
 
 
-VLLM = "vLLM near the learner"
-
-
 def profiled(work: Work, device: str) -> list[dict[str, Any]]:
     """Return where one RL step's time goes: the ten heaviest operators."""
     piece = pieces.step(work, measure_machine(torch.device(device)), device, "torch")
@@ -231,10 +228,14 @@ def run(device: str, *, small: bool, minutes: float, out: str | None = None) -> 
             Path(f"{out}.md").write_text(as_page(result))
 
     result["profile"] = []
-    for name, check in CHECKS.items():
+
+    def hold(name: str, check: Check) -> None:
         if (seen := in_time(name, partial(check, checked, device))) is not None:
             result["checks"][name] = seen
         write()
+
+    for name, check in CHECKS.items():
+        hold(name, check)
     settings: dict[str, Any] = {"repeats": 3, "threads": 1, "device": device}
     for kind in ("step", *(kind for kind in PIECES if kind != "step")):
         lines = in_time(
@@ -245,11 +246,8 @@ def run(device: str, *, small: bool, minutes: float, out: str | None = None) -> 
     result["profile"] = in_time("profile of a step", partial(profiled, measured, device)) or []
     write()
     if find_spec("vllm"):  # last: it takes hold of its process
-        if (seen := in_time(VLLM, partial(check_vllm, checked, device))) is not None:
-            result["checks"][VLLM] = seen
-        write()
-        engines = ["torch", "vllm"]
-        both = partial(bench, "rollouts", measured, engines=engines, **settings)
+        hold("vLLM near the learner", check_vllm)
+        both = partial(bench, "rollouts", measured, engines=["torch", "vllm"], **settings)
         result["bench"] += in_time("bench rollouts vllm", both) or []
         write()
     return result

@@ -254,9 +254,9 @@ class StreamActor:
             self._fault = (
                 f"Rollout worker {name} {'died' if has_started else 'could not start'} "
                 f"({last_line(error)}) and {self._replaced} were replaced before it, so replacing "
-                "it again would not help. The last checkpoint is "
-                "whole. If the log ends in an out-of-memory error, halve rl.prompts_per_lease; "
-                "then start the same command again to resume."
+                "it again would not help. The last checkpoint is whole. If the log ends in an "
+                "out-of-memory error, halve rl.prompts_per_lease; then start the same command "
+                "again to resume."
             )
         else:
             self._replaced += 1
