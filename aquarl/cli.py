@@ -16,6 +16,7 @@ from aquarl.config import (
     RunConfig,
     load_config,
     own_settings,
+    read_override,
     refuse_secrets,
     to_toml,
     with_absolute_paths,
@@ -81,10 +82,11 @@ def report(config: Config, args: Arguments) -> None:
 def pipeline(config: Config, args: Arguments) -> None:
     """all stages in order, skipping those whose result stands, then evaluate and report"""
     from aquarl.cluster.connection import connected
+    from aquarl.cluster.kinds import kinds_of
     from aquarl.cluster.launch import check_engine, check_evaluation, run_stages
     from aquarl.cluster.results import STAGES
 
-    check_engine(config)
+    check_engine(config, kinds_of(config), config.rl.temperature)
     check_evaluation(config, args.against)
     with connected(config):
         run_stages(config, STAGES)
@@ -169,6 +171,11 @@ def bench(config: Config, args: Arguments) -> None:
     else:
         from aquarl.cluster.bench_ray import as_text, bench_ray
 
+        if args.device != "cpu" or args.engine != ["torch"]:
+            raise ConfigError(
+                f"`aquarl bench {args.kind}` measures Ray's part, on CPUs and with the torch "
+                "engine alone. Leave out --device and --engine."
+            )
         measured = bench_ray(
             args.kind, work, workers=args.workers, repeats=args.repeats, threads=args.threads
         )
@@ -299,7 +306,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--config",
             metavar="FILE_OR_PRESET",
-            help="TOML file, or demo, aqua_cpu, d8, d20, chaos",
+            help="TOML file, or demo, aqua_cpu, d8, d20, chaos, defaults",
         )
         sub.add_argument("--dry-run", action="store_true", help="print the settings and stop")
         if name in ("chat", "export", "publish", "import-nanochat"):
@@ -333,10 +340,10 @@ def _starting_point(args: Arguments) -> str | None:
     """
     if args.config or args.command == "demo":
         return args.config or "demo"
-    named = [word.partition("=")[2] for word in args.overrides if word.startswith("run.dir=")]
+    named = dict(map(read_override, args.overrides)).get("run.dir")
     if args.command == "chaos":
-        return (own_settings(named[-1]) if named else None) or "chaos"
-    return own_settings(named[-1] if named else RunConfig().dir)
+        return (own_settings(str(named)) if named else None) or "chaos"
+    return own_settings(str(named or RunConfig().dir))
 
 
 class _Parser(argparse.ArgumentParser):

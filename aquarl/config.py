@@ -16,7 +16,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import fsspec
 from pydantic import (
@@ -33,6 +33,7 @@ from pydantic import (
 )
 
 from aquarl.errors import ConfigError
+from aquarl.storage import get
 
 JOB_FOLDER = "/working_dir_files/"
 """Ray unpacks a job's `working_dir` below a folder of this name."""
@@ -43,6 +44,9 @@ SECRET = re.compile(
 )
 """How a URL looks that has a password in it."""
 PRESETS = Path(__file__).resolve().parent.parent / "ray_jobs"
+
+
+Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 
 
 class Section(BaseModel):
@@ -121,7 +125,7 @@ class ModelConfig(Section):
         if width % heads or (width // heads) % 2:
             raise ConfigError(
                 f"model.width is {width} and model.heads is {heads}, but each head needs an even, "
-                f"whole share of the width. Try model.heads={max(1, width // 128)}."
+                f"whole share of the width. Try model.width={-(-width // (2 * heads)) * 2 * heads}."
             )
         if heads % kv:
             raise ConfigError(
@@ -245,10 +249,11 @@ class RLConfig(OptimConfig):
     eval_problems: PositiveInt = 100
     save_every: PositiveInt = 25
     transcripts_per_step: NonNegativeInt = 2
-    wait_timeout_s: PositiveFloat = 300.0
+    wait_timeout_s: Seconds = 300.0
     """How long the learner waits for groups before it gives up with a reason."""
-    lease_timeout_s: PositiveFloat = 600.0
-    """A lease not finished by then is issued again."""
+    lease_timeout_s: Seconds = 120.0
+    """Who has not finished a lease by then is replaced, and the lease issued again. Shorter than
+    `wait_timeout_s`, so that a worker that hangs does not end the run."""
     worker_restarts: NonNegativeInt = 20
     """Replacements of dead rollout workers, with no group finished between them, before the run
     ends with an error. Several that one lease kills count once, those that raise an error one by
@@ -291,7 +296,7 @@ class EvaluateConfig(Section):
     samples: PositiveInt = 8
     """Sampled answers per problem, for pass@1 and pass@k."""
     k: tuple[PositiveInt, ...] = Field((1, 4, 8), min_length=1)
-    temperature: PositiveFloat = 1.0
+    temperature: float = Field(1.0, ge=0.01, le=100)
     top_k: NonNegativeInt = 0
     max_new_tokens: PositiveInt = 64
     stages: tuple[Literal["base", "mid", "sft", "rl"], ...] = Field(("sft", "rl"), min_length=1)
@@ -343,8 +348,11 @@ class ClusterConfig(Section):
     devices differ in the last digits, so such a run is not repeatable bit for bit."""
     max_failures: NonNegativeInt = 3
     """Restarts of the learner group; granted anew, once used up, if a checkpoint came meanwhile."""
-    start_timeout_s: PositiveFloat = 180.0
+    start_timeout_s: Seconds = 180.0
     """How long one try to place the learner group may take, and evaluation's workers to start."""
+    step_timeout_s: Seconds = 1800.0
+    """A learner that is busy with one step for longer, its checkpoint included and waiting for
+    groups not, is ended, its stacks in its log, and the group starts anew."""
     threads: PositiveInt = 1
     """CPU threads of each learner and rollout worker."""
     compile: Compile = "auto"
@@ -399,13 +407,8 @@ def load_config(file_or_preset: str | None = None, overrides: Sequence[str] = ()
     """
     tree = read_toml(file_or_preset) if file_or_preset else {}
     for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ConfigError(
-                f"{override!r} is not of the form key=value, so it sets nothing. "
-                "Write for example rl.steps=100."
-            )
-        _set(tree, key.strip().split("."), _value(value.strip()), key)
+        key, value = read_override(override)
+        _set(tree, key.split("."), value, key)
     config = build_config(tree)
     _check_scheme(config.run.dir)
     return config
@@ -488,9 +491,8 @@ def read_toml(file_or_preset: str) -> dict[str, Any]:
         raise ConfigError(
             f"There is no file {file_or_preset}, and no preset of that name. Presets: {names}."
         )
-    fs, path = fsspec.url_to_fs(place)
     try:
-        return tomllib.loads(fs.cat_file(path).decode())
+        return tomllib.loads(get(place).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{place} is not valid TOML: {error}. Mend that line.") from error
 
@@ -543,11 +545,18 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _value(text: str) -> Any:
+def read_override(override: str) -> tuple[str, Any]:
+    """Return key and value of "section.key=value". Raises: ConfigError, if it is not one."""
+    key, separator, text = (part.strip() for part in override.partition("="))
+    if not separator:
+        raise ConfigError(
+            f"{override!r} is not of the form key=value, so it sets nothing. "
+            "Write for example rl.steps=100."
+        )
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        return key, tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
-        return text  # rl.engine=vllm needs no quotes
+        return key, text  # rl.engine=vllm needs no quotes
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None:

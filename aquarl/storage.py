@@ -8,6 +8,7 @@ a file arrives whole or not at all, and of several files the last one written is
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -91,6 +92,9 @@ def put_together(folder: str, files: dict[str, bytes]) -> None:
             fs.mv(target, path, recursive=True)
             _forget(fs, replaced)
     except Exception as error:
+        with suppress(Exception):
+            if target != path and fs.exists(replaced) and not fs.exists(path):
+                fs.mv(replaced, path, recursive=True)
         _forget(fs, target)
         raise _refusal(folder, error) from error
 

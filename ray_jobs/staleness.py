@@ -32,7 +32,7 @@ import ray
 
 from aquarl.cluster.connection import connected
 from aquarl.cluster.launch import run_stages
-from aquarl.cluster.results import finished_policy
+from aquarl.cluster.results import copy_up_to_sft, finished_policy
 from aquarl.config import Config, load_config, own_settings
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.engines.torch_engine import TorchSampler
@@ -99,8 +99,9 @@ def exact(config: Config) -> Rows:
     tokenizer = Tokenizer.load(f"{config.run.dir}/tokenizer")
     splits = load_problems(config.data, config.run.seed)
     model = finished_policy(config.run.dir, "sft", tokenizer.fingerprint)
+    source = PromptSource(splits.train, tokenizer, config.run.seed, config.data.permute_options)
     stream = Delayed(
-        RolloutStream(PromptSource(splits.train, tokenizer, config.run.seed), config.rl),
+        RolloutStream(source, config.rl),
         TorchSampler(GPT(model.shape), tokenizer.end_of_turn),
         tokenizer,
         config.rl,
@@ -122,8 +123,8 @@ def exact(config: Config) -> Rows:
 
 def live(config: Config, source: str) -> Rows:
     """Run RL on Ray, in a run directory of its own, from the SFT stage of another."""
-    for part in ("tokenizer", "results", "checkpoints/sft"):
-        shutil.copytree(f"{source}/{part}", f"{config.run.dir}/{part}", dirs_exist_ok=True)
+    shutil.rmtree(config.run.dir, ignore_errors=True)  # of a try that was stopped
+    copy_up_to_sft(Path(source), Path(config.run.dir))
     run_stages(config, ("rl",))
     rows = read_metrics(config.run.dir)["rl"]
     steps = [row for row in rows if "reward/mean" in row]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -141,12 +140,10 @@ def eventually(look: Callable[[], Any], every: float = 0.05) -> Any:
 @pytest.fixture
 def after_sft(finished_run: Path, tmp_path: Path) -> Path:
     """A run directory in which everything but RL is finished."""
+    from aquarl.cluster.results import copy_up_to_sft
+
     folder = tmp_path / "run"
-    for part in ("tokenizer", "results", "checkpoints"):
-        shutil.copytree(finished_run / part, folder / part)
-    shutil.rmtree(folder / "checkpoints/rl")
-    (folder / "results/rl.json").unlink()
-    (folder / "results/evaluate.json").unlink(missing_ok=True)
+    copy_up_to_sft(finished_run, folder)
     return folder
 
 

@@ -1,17 +1,20 @@
 """Parts of a run that kill their own process at chosen points: what `tests/test_chaos.py` hires.
 
 The run is the real one; it is only given these classes in place of its own. Files in the run
-directory say what happens: one in `armed/` is a point at which a process dies of SIGKILL, after
-removing that file, so that each death happens once; whoever takes up a lease with a problem named
-in `poison` dies every time, the first time of an error if there is a file `mild`; with a file
-`broken` no worker can start; a file `scale to` holds how many are wanted from the first such step.
+directory say what happens: one in `armed/` is a point at which a process dies of SIGKILL, or hangs
+where its name says so, after removing that file, so that each happens once; whoever takes up a
+lease with a problem named in `poison` dies every time, the first time of an error if there is a
+file `mild`; with a file `broken` no worker can start; a file `scale to` holds how many are wanted
+from the first such step.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:  # every process of a run imports this file, and few of them n
 
 POINTS = (
     "lease", "submit", "batch taken", "after backward", "checkpoint write",
-    "publishing learner", "publishing stream",
+    "publishing learner", "publishing stream", "sampling hangs", "learning hangs",
 )  # fmt: skip
 FROM_STEP = 3
 """Points lie in this step or later: behind the checkpoint of step 2, before the next."""
@@ -51,6 +54,12 @@ def die_once(run_dir: str, point: str) -> None:
     except FileNotFoundError:
         return
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang_once(run_dir: str, point: str) -> None:
+    with suppress(FileNotFoundError):
+        Path(run_dir, "armed", point).unlink()
+        time.sleep(3600)
 
 
 def employ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +94,7 @@ class MortalWorker(RolloutWorker):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self._sampler.version >= FROM_STEP:
                 die_once(self._run_dir, "lease")
+                hang_once(self._run_dir, "sampling hangs")
             return sample(prompts, seeds, sampling)
 
         self._sampler.sample = mortal  # type: ignore[method-assign]
@@ -94,6 +104,22 @@ class MortalWorker(RolloutWorker):
             yield groups
             if groups[0].weights_version >= FROM_STEP:  # they are on their way
                 die_once(self._run_dir, "submit")
+
+
+def employ_evaluation_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the next evaluation of this process hire the ones below."""
+    from aquarl.cluster import evaluation
+
+    class MortalEvaluationWorker(evaluation.EvaluationWorker):
+        def __init__(self, name: str, config: Config, *args: Any) -> None:
+            super().__init__(name, config, *args)
+            self._run_dir = config.run.dir
+
+        def sample(self, *args: Any) -> Any:
+            die_once(self._run_dir, "evaluation")
+            return super().sample(*args)
+
+    monkeypatch.setattr(evaluation, "EvaluationWorker", MortalEvaluationWorker)
 
 
 class MortalStream(StreamActor):
@@ -136,6 +162,7 @@ class MortalWork:
             backward(self, batch, sums)
             if self.step >= FROM_STEP:
                 die_once(run, "after backward")
+                hang_once(run, "learning hangs")
 
         def mortal_pipe(fs: Any, path: str, body: bytes) -> None:
             pipe(fs, path, body)

@@ -276,10 +276,14 @@ def test_conversations_of_another_kind_are_refused_or_named() -> None:
         problem_from_row("x", {"messages": [user, said], "answer_letter": "C"}, "t")
     with pytest.raises(Refused, match="letters are not those of the options"):
         problem_from_row("x", row | {"letters": ["A", "B", "C"]}, "t")
-    with pytest.raises(DataError, match=r"x: turn 1 is not a text by 'user'"):
+    with pytest.raises(DataError, match=r"x: turn 1 is not by 'user'"):
         problem_from_row("x", {"messages": [said], "answer_letter": "A"}, "t")
     with pytest.raises(DataError, match=r"x, has messages of another shape"):
         problem_from_row("x", {"messages": ["hello"], "answer_letter": "A"}, "t")
+    with pytest.raises(DataError, match=r"x, has messages of another shape"):
+        problem_from_row("x", {"messages": [{**system, "content": None}, user, said]}, "t")
+    with pytest.raises(Refused, match="letters are not those of the options"):
+        problem_from_row("x", row | {"letters": 5}, "t")
 
 
 def test_one_file_holds_all_splits_and_a_question_keeps_its_own(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from itertools import islice
 import pytest
 
 from aquarl.config import DataConfig
+from aquarl.errors import ConfigError
 from aquarl.records import Problem
 from aquarl.tasks.arithmetic import arithmetic_problems, fact_documents
 from aquarl.tasks.catalog import mixture
@@ -95,3 +96,12 @@ def test_the_easy_problems_of_the_mid_stage_are_none_that_are_held_out() -> None
     assert asked & held_out, "by chance there would be some"
     trained = str(mixture(small, 0, "train"))
     assert trained and not [question for question in held_out if question in trained]
+
+
+def test_more_problems_than_there_are_kinds_of_are_refused() -> None:
+    """59,008 at most: 2 to 5 things of 8 kinds by 8 names, one change by 1 to 5, ..."""
+    with pytest.raises(ConfigError, match=r"come in about [0-9,]+ kinds, but 80,020 are asked for"):
+        arithmetic_problems(
+            DataConfig(difficulty=1, largest_number=5, train_problems=80_000, held_out_problems=10),
+            seed=0,
+        )

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -55,6 +57,7 @@ def test_a_line_has_its_promised_keys_and_true_counts(kind: str) -> None:
     share = line["floor_s"] / line["cpu_s"]["median"]
     assert line["floor_share"] == pytest.approx(share, rel=1e-2)
     assert 0 < line["floor_share"] < 1
+    assert line["peak_memory_mb"] > 50, "python and torch alone"
     json.dumps(line)
     assert f"{kind} 1,32,2,512" in as_text(line)
 
@@ -164,3 +167,29 @@ def test_rays_part_is_measured_on_the_very_same_steps(
     assert [line["workers"] for line in lines] == [1, 2]
     assert lines[0]["ratio"] == 1.0 and lines[1]["tokens_per_s"]["median"] > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_peak_is_of_the_piece_and_not_of_what_was_before() -> None:
+    """100 MB that one of two pieces holds while it runs; 400 MB were held and freed before. In a
+    process of its own: once one keeps what it frees, as benchmarks do, all is held."""
+    script = """
+import json, torch
+from aquarl.bench.pieces import Piece
+from aquarl.bench.timing import measure
+before = torch.ones(100 << 20)
+del before
+runs = {"plain": lambda: None, "large": lambda: torch.ones(25 << 20)}
+lines = measure({name: Piece(run, 1, 1.0) for name, run in runs.items()}, 2, "cpu")
+print(json.dumps({name: line["peak_memory_mb"] for name, line in lines.items()}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    peaks = json.loads(done.stdout)
+    assert 90 < peaks["large"] - peaks["plain"] < 150 and peaks["plain"] < 400
+
+
+@pytest.mark.parametrize("more", [("--device", "cuda"), ("--engine", "vllm")])
+def test_what_rays_part_does_not_measure_is_refused(
+    more: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "sync", *more]) == 2
+    assert "Leave out --device and --engine" in capsys.readouterr().err

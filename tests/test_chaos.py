@@ -21,7 +21,7 @@ from aquarl.records import Metrics
 from aquarl.rl.prompts import PromptSource
 from aquarl.tasks.catalog import load_problems
 from tests.conftest import assert_same, rows, run_rl, weights
-from tests.kill_points import POINTS, arm, armed, employ
+from tests.kill_points import POINTS, arm, armed, employ, employ_evaluation_workers
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.chaos, pytest.mark.slow]
 
@@ -35,7 +35,8 @@ def test_a_run_killed_at_every_point_gives_the_weights_of_an_undisturbed_one(
     employ(monkeypatch)
     arm(after_sft, *POINTS)
     (after_sft / "scale to").write_text("3")
-    assert run_rl(tiny, after_sft, "rl.rollout_workers=2", "cluster.max_failures=3") == 0
+    soon = ("rl.lease_timeout_s=5", "cluster.step_timeout_s=5")
+    assert run_rl(tiny, after_sft, "rl.rollout_workers=2", "cluster.max_failures=3", *soon) == 0
     assert armed(after_sft) == [], "somebody died at each of them"
     assert_same(weights(after_sft), in_process[0])
     pool = [row["pool/wanted"] for row in rows(after_sft / "metrics.jsonl") if "pool/wanted" in row]
@@ -88,6 +89,22 @@ def test_a_pool_that_cannot_start_ends_with_the_reason(
     assert run_rl(tiny, after_sft, f"rl.worker_restarts={budget}") == 2
     said = capsys.readouterr().err
     assert "the graphics card is on fire" in said and f"{replaced} were replaced" in said
+
+
+def test_an_evaluation_goes_on_when_a_worker_dies_and_finds_the_same(
+    finished_run: Path, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    employ_evaluation_workers(monkeypatch)
+    arm(run, "evaluation")
+    assert main(["evaluate", "--config", tiny, f"run.dir={run}", "rl.rollout_workers=2"]) == 0
+    assert not armed(run), "one died"
+    before, after = (
+        json.loads((folder / "results/evaluate.json").read_text()) for folder in (finished_run, run)
+    )
+    for name in ("stages", "comparisons"):
+        assert after[name] == before[name]
 
 
 def test_a_run_killed_at_random_is_the_same_to_the_bit(

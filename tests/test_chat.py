@@ -185,7 +185,9 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation() -> None:
     assert file.getvalue() == "Ye (stopped)\n"
 
 
-@pytest.mark.parametrize("change", [(-1.0, 0, 8), (1.0, -1, 8), (1.0, 0, 0)])
+@pytest.mark.parametrize(
+    "change", [(-1.0, 0, 8), (1.0, -1, 8), (1.0, 0, 0), (1e-40, 0, 8), (float("nan"), 0, 8)]
+)
 def test_settings_out_of_range_are_refused(change: tuple[float, int, int]) -> None:
     temperature, top_k, max_new_tokens = change
     with pytest.raises(ConfigError, match="Leave them out"):

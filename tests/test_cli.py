@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from aquarl.cli import main
+from aquarl.cluster.control import settings
+from aquarl.config import load_config, to_toml
+from aquarl.storage import put
 
 GOOD = {"question": "What is 1 + 1?", "options": ["1", "2", "3"], "correct": "B", "rationale": "2"}
 
@@ -406,3 +409,17 @@ def test_a_full_disk_ends_a_stage_with_a_sentence_and_keeps_what_was_saved(
             assert (run / Path(name).relative_to(finished_run)).read_bytes() == body
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_job_has_the_settings_it_was_given_whatever_its_run_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its words, without a file: defaults are not said, and the run's own settings do not count."""
+    run = f"{tmp_path}/a run"
+    own = load_config(None, ["evaluate.split=validation", f'run.dir="{run}"', "model.kv_heads=1"])
+    put(f"{run}/config.toml", to_toml(own).encode())
+    asked = load_config(None, [f'run.dir="{run}"', "rl.steps=7"])
+    assert main(["evaluate", "--dry-run", "--config", "defaults", *settings(asked)]) == 0
+    assert capsys.readouterr().out == to_toml(asked)
+    assert main(["evaluate", "--dry-run", f'run.dir="{run}"']) == 0
+    assert capsys.readouterr().out == to_toml(own)

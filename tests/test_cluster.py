@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray.exceptions import (
     NodeDiedError,
@@ -24,12 +25,17 @@ from ray.train.torch import TorchConfig
 
 from aquarl.cli import main
 from aquarl.cluster.errors import plain_errors
-from aquarl.cluster.launch import run_stages
+from aquarl.cluster.launch import hired_stream, run_stages
+from aquarl.cluster.learner_group import Member, run_group
 from aquarl.cluster.meeting import Meeting
-from aquarl.config import load_config
-from aquarl.errors import ClusterError
+from aquarl.cluster.relay import relay_to
+from aquarl.cluster.results import finished_policy
+from aquarl.config import Config, load_config
+from aquarl.data.tokenizer import Tokenizer
+from aquarl.errors import AquarlError, ClusterError, DataError
+from aquarl.observe.metrics import JsonlSink, Sinks, read_metrics
 from aquarl.records import Metrics
-from tests.conftest import assert_same, rows, run_rl, weights
+from tests.conftest import assert_same, eventually, rows, run_rl, weights
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -218,3 +224,62 @@ def test_a_damaged_newest_checkpoint_is_passed_over_on_resuming(
     assert run_rl(tiny, run) == 0  # from step 4
     assert_same(weights(run), in_process[0])
     assert len(rows(run / "ledger.jsonl")) == 48
+
+
+@pytest.mark.slow
+def test_what_one_learner_alone_lacks_ends_them_all_at_once(tiny: str, tmp_path: Path) -> None:
+    """The other one would wait for it in the next thing that they do together."""
+    config = load_config(tiny, ["cluster.learners=2", f"run.dir={tmp_path}"])
+
+    def work(config: Config, member: Member) -> None:
+        def load() -> int:
+            if member.rank == 1:
+                raise DataError("its disk is empty")
+            return member.rank
+
+        member.each(load)
+        member.total({"never": 1.0})
+
+    with pytest.raises(AquarlError, match="its disk is empty"):
+        run_group(config, work)
+
+
+@pytest.mark.slow
+def test_workers_sent_away_before_they_are_up_are_no_deaths_and_come_back_when_wanted(
+    after_sft: Path, tiny: str
+) -> None:
+    config = load_config(tiny, [f"run.dir={after_sft}", "rl.worker_restarts=0"])
+    shape = finished_policy(
+        str(after_sft), "sft", Tokenizer.load(f"{after_sft}/tokenizer").fingerprint
+    ).shape
+
+    def pool(stream: Any) -> dict[str, Any]:
+        seen: dict[str, Any] = ray.get(stream.status.remote(), timeout=60)
+        return seen
+
+    with hired_stream(config, wanted=True) as stream:
+        ray.get(stream.begin.remote(shape), timeout=60)
+        eventually(lambda: pool(stream)["workers"] == ["rollout-0"])
+        for count in (4, 1, 3, 1, 3):
+            ray.get(stream.scale.remote(count), timeout=60)
+        eventually(lambda: len(pool(stream)["workers"]) == 3)
+        seen = pool(stream)
+    assert seen["replaced"] == 0 and seen["waiting"] == []
+
+
+@pytest.mark.slow
+def test_the_relay_of_metrics_may_die_and_the_next_one_carries_on(
+    ray_here: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sink = JsonlSink(str(tmp_path))
+    with relay_to(Sinks([sink])) as relay:
+        ray.get(relay.put.remote("rl", 0, {"reward/mean": 0.5}), timeout=60)
+        eventually(lambda: read_metrics(str(tmp_path)))
+        ray.kill(relay, no_restart=False)
+
+        def carried() -> bool:
+            relay.put.remote("rl", 1, {"reward/mean": 0.75})
+            return len(read_metrics(str(tmp_path))["rl"]) > 1
+
+        eventually(carried)
+    assert capsys.readouterr().err.count("The relay of metrics died") == 1

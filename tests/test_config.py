@@ -52,7 +52,7 @@ def test_values_need_no_quotes(override: str, section: str, key: str, value: obj
     "overrides",
     [
         [],
-        ["rl.lease_timeout_s=inf", "model.width=96", "model.heads=3"],
+        ["rl.mask_ratio=inf", "model.width=96", "model.heads=3"],
         ["data.mid={chat = 0.5, 'a b\"' = 1}", "evaluate.k=[1]", "data.max_train_problems=3"],
         [r'run.dir="tab\t, quote \", slash \\, newline \n, DEL \u007F, é 你 🙂"'],
     ],
@@ -255,3 +255,19 @@ def test_later_commands_start_from_the_settings_a_run_was_made_with(tmp_path: Pa
     made_with = load_config(None, ["data.difficulty=4", f"run.dir={tmp_path}"])
     (tmp_path / "config.toml").write_text(to_toml(made_with))
     assert load_config(own_settings(str(tmp_path)), ["rl.steps=7"]).data.difficulty == 4
+
+
+@pytest.mark.parametrize(
+    "key", ["rl.wait_timeout_s", "rl.lease_timeout_s", "cluster.start_timeout_s"]
+)
+def test_a_wait_without_end_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        load_config(None, [f"{key}=inf"])
+
+
+@pytest.mark.parametrize("sizes", [["model.width=65"], ["model.width=100", "model.heads=3"]])
+def test_the_width_that_is_advised_can_stand(sizes: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"Try model\.width=\d+\.") as refused:
+        load_config(None, sizes)
+    advised = str(refused.value).rsplit("Try ", 1)[1].rstrip(".")
+    load_config(None, [*sizes, advised])

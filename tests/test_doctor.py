@@ -170,6 +170,24 @@ def test_a_server_that_never_answers_is_given_up_on(monkeypatch: pytest.MonkeyPa
     assert found.state == "lack" and "did not answer" in found.what
 
 
+def test_auto_finds_what_runs_here_and_says_so_if_nothing_does(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    found = module.check_cluster(None)
+    assert found.state == "note" and found.what.startswith("none runs")
+    monkeypatch.setattr(module, "JOIN_TIMEOUT_S", 0.5)
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        found_by_ray = f"127.0.0.1:{port}"  # which Ray shows by this machine's other address
+        monkeypatch.setattr(
+            "ray._private.services.find_bootstrap_address", lambda folder: found_by_ray
+        )
+        assert f":{port}" in module.check_cluster(None).what
+
+
 @pytest.fixture
 def cluster(home: Path) -> Iterator[dict[str, str]]:
     """A real Ray in a process of its own, with the token that Ray makes for it in `home`."""

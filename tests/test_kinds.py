@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from aquarl.cluster.kinds import first_kinds, for_kind, kinds_of, next_kind
+import pytest
+
+from aquarl.cluster.kinds import evaluation_kind, first_kinds, for_kind, kinds_of, next_kind
+from aquarl.cluster.launch import check_engine
 from aquarl.config import load_config
+from aquarl.errors import ConfigError
 
 MIXED = load_config(
     None,
@@ -38,3 +42,11 @@ def test_a_worker_sees_the_settings_of_its_kind() -> None:
     assert not first.rl.inflight_updates, "vLLM takes new weights between leases only"
     assert (second.rl.engine, second.cluster.rollout_cpus) == ("torch", 0.5)
     assert second.rl.inflight_updates
+
+
+def test_evaluation_needs_nothing_of_the_kinds_that_rl_has() -> None:
+    check_engine(MIXED, (evaluation_kind(MIXED),), MIXED.evaluate.temperature)
+    with pytest.raises(ConfigError, match="vLLM was asked for"):
+        check_engine(MIXED, kinds_of(MIXED), MIXED.rl.temperature)
+    kind = evaluation_kind(MIXED)
+    assert (kind.engine, kind.cpus, kind.gpus) == ("torch", 1, 0)

@@ -27,6 +27,7 @@ import ray
 from psutil import CONN_LISTEN, Error, Process, net_connections, process_iter
 
 from aquarl.cli import main
+from aquarl.cluster.results import copy_up_to_sft
 from aquarl.model.checkpoint import latest_checkpoint
 from tests.conftest import eventually
 from tests.planted import MARK, SECRETS, holding_a_secret
@@ -114,10 +115,7 @@ def finished(
 ) -> Iterator[Watched]:
     """RL with two learners, evaluation and report, from a finished SFT stage."""
     run = tmp_path_factory.mktemp("own") / "run"
-    for part in ("tokenizer", "results", "checkpoints"):
-        shutil.copytree(finished_run / part, run / part)
-    (run / "results/rl.json").unlink()
-    shutil.rmtree(run / "checkpoints/rl")
+    copy_up_to_sft(finished_run, run)
     before = shared_memory()
     seen = watched(run, "pipeline", "--config", tiny, "cluster.learners=2")
     assert seen.status == 0, seen.said.decode()

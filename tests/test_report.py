@@ -48,7 +48,9 @@ def log_rl(run_dir: str, steps: int) -> None:
         metrics |= {"time/learner_idle_fraction": 0.25, "time/rollout_idle_fraction": 0.4}
         metrics |= {"time/ended": 1e9 + 2 * step, "tokens/trained": 3000}
         if step % (steps // 4) == 0:
-            metrics["validation/accuracy"] = reward + 0.02
+            validation = {"accuracy": 0.56, "low": 0.46, "high": 0.65, "n": 100}
+            validation["majority_baseline"] = 0.23
+            metrics |= {f"validation/{name}": value for name, value in validation.items()}
         sink.log("rl", step, metrics)
     sink.close()
 
@@ -118,12 +120,14 @@ def make_run(run_dir: str) -> None:
             },
             "rollout_workers": 2 if stage == "rl" else None,
         }
+        if stage == "rl":
+            result["stream"] = {"leases": 250, "reissued": 4, "set_aside": 1, "workers_replaced": 3}
         write_result(run_dir, stage, result)
     write_result(run_dir, "evaluate", measured())
     spans = "".join(
         json.dumps(
             {"step": step, "lease": 2 * step + i, "worker": f"rollout-{i}",
-             "sampled": [1e9 + 2 * step, 1e9 + 2 * step + 1.2]}
+             "sampled": [1e9 + 2 * step, 1e9 + 2 * step + 1.2], "fetch_s": 0.1}
         ) + "\n"
         for step in range(1, 121)
         for i in (0, 1)
@@ -187,6 +191,13 @@ def test_the_page_says_where_stages_ran_how_fast_and_who_was_idle(run: Path) -> 
     assert "| rl | 120 | 983,040 | 1,500 |" in page  # 3,000 tokens in steps of 2 s
     assert "waited for groups 25.0 % of its steps' time" in page
     assert "without work 40.0 %" in page
+
+
+def test_the_page_says_what_validation_found_and_what_died_on_the_way(run: Path) -> None:
+    page = (run / "report.md").read_text()
+    assert "validation 56.0 % [46.0, 65.0] of 100, baseline 23.0 %" in page
+    assert "3 rollout workers died and had a successor; 4 leases had to be sampled again" in page
+    assert "1 lease killed so many workers that RL went on without" in page
 
 
 def test_every_picture_on_the_page_is_there_and_is_a_png(run: Path) -> None:

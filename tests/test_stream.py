@@ -169,18 +169,34 @@ def test_late_and_repeated_groups_are_dropped_and_counted() -> None:
     assert stream.counts["late"] == 3
 
 
-def test_a_lease_that_takes_too_long_is_issued_again_and_the_first_answer_counts() -> None:
+def test_who_takes_too_long_over_a_lease_is_named_and_its_time_begins_with_each() -> None:
     stream = stream_of(lease_timeout_s=60)
     stream.publish(0)
+    submit_all(stream, leased(stream, "slow", now_s=30))
     slow = leased(stream, "slow", now_s=100)
-    assert stream.expire(160) == 0
-    assert stream.expire(161) == 1
-    assert stream.expire(161) == 0, "nobody holds it now"
+    leased(stream, "later", now_s=120)
+    assert stream.overdue(160) == set()
+    assert stream.overdue(161) == {"slow"}
+    assert [lease.id for lease in stream.lost("slow")] == [slow.id]
+    assert stream.overdue(161) == set(), "nobody holds it now"
     again = leased(stream, "fast", now_s=170)
-    assert again == replace(slow, attempt=1)
-    assert stream.expire(200) == 0, "its time begins anew"
-    submit_all(stream, slow)  # it was slow, not dead; the same seeds gave the same answers
-    assert not any(stream.submit(group) for group in finished(again))
+    assert (again.id, again.seeds, again.attempt) == (slow.id, slow.seeds, 1)
+    assert stream.overdue(181) == {"later"}
+
+
+def test_what_lies_ready_for_a_step_is_a_share_of_what_may() -> None:
+    """Two steps may be sampled ahead; those of the step just trained are not among them."""
+    stream = stream_of(max_staleness=2)
+    stream.publish(0)
+    per_step = stream.config.prompts_per_step // stream.config.prompts_per_lease
+    for _ in range(per_step):
+        submit_all(stream, leased(stream))
+    assert stream.step_share(0, 0, 1) is not None
+    stream.publish(1)
+    assert (stream.fullness(1), stream.depth) == (0.0, stream.config.prompts_per_step)
+    for _ in range(2 * per_step):
+        submit_all(stream, leased(stream))
+    assert stream.fullness(1) == 1.0
 
 
 def test_a_lease_that_workers_die_over_is_set_aside_and_its_step_goes_on() -> None:
@@ -314,7 +330,8 @@ def test_under_any_timing_every_problem_is_trained_once_an_epoch(eta: int) -> No
             stream.lost(worker)
             held.pop(worker, None)
         elif event < 0.65:
-            stream.expire(now_s + 1_000)  # all at once; the workers still send what they have
+            for late in stream.overdue(now_s + 1_000):  # all; they still send what they have
+                stream.lost(late)
         else:
             share = stream.step_share(step, 0, 1)
             if share is not None:
@@ -414,11 +431,12 @@ def test_an_evaluation_goes_first_and_comes_back_in_its_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "answers", "prompts", "sizes"),
-    [(1, 1, 8, [4, 4]), (1, 1, 11, [4, 4, 3]), (4, 1, 8, [2] * 4), (1, 2, 8, [2] * 4)],
-    ids=["two for a worker", "no more answers than in training", "for all workers", "many answers"],
+    ("answers", "prompts", "sizes"),
+    [(1, 8, [2] * 4), (1, 24, [3] * 8), (1, 40, [4] * 10), (2, 24, [2] * 12), (1, 5, [2, 2, 1])],
+    ids=["as in training", "an eighth", "no more answers than in training", "many answers", "few"],
 )
-def test_an_evaluation_is_cut_for_the_workers_there_may_be(
+@pytest.mark.parametrize("workers", [1, 4])
+def test_an_evaluation_is_cut_in_eight_or_more_for_any_number_of_workers(
     workers: int, answers: int, prompts: int, sizes: list[int]
 ) -> None:
     """A lease of the training is of two prompts with two answers each."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from aquarl.cli import main
 from aquarl.cluster.doctor import check_vllm
+from aquarl.cluster.results import copy_up_to_sft
 from aquarl.engines.torch_engine import TorchSampler
 from aquarl.engines.vllm_engine import VllmSampler
 from aquarl.errors import ConfigError
@@ -417,9 +417,7 @@ def test_a_run_samples_with_vllm_and_leaves_no_process(tiny: str, folder: Path) 
 def test_both_engines_serve_one_run(tiny: str, folder: Path, tmp_path: Path) -> None:
     """It goes on until groups of either one have been trained on."""
     run, ledger = tmp_path / "run", tmp_path / "run" / "ledger.jsonl"
-    for part in ("tokenizer", "results", "checkpoints/sft"):
-        shutil.copytree(folder / "run" / part, run / part)
-    (run / "results/rl.json").unlink()
+    copy_up_to_sft(folder / "run", run)
     kinds = 'cluster.rollout_kinds=[{engine="vllm",cpus=0.5},{engine="torch",cpus=0.5}]'
     running = aquarl(
         "rl", "--config", tiny, f"run.dir={run}", "rl.rollout_workers=2", kinds, "rl.steps=100000"

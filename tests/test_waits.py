@@ -12,6 +12,7 @@ import pytest
 
 from aquarl.cluster.waits import stacks, wait_for
 from aquarl.errors import ClusterError
+from tests.conftest import PATIENCE_S
 
 
 def test_what_comes_in_time_is_returned_and_what_does_not_is_told(
@@ -64,3 +65,26 @@ def test_a_block_that_lasts_too_long_shows_its_stack_and_goes_on() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "went on\n"
     assert done.stderr.count("slow_block") == 1 and "Timeout" in done.stderr
+
+
+def test_who_passes_its_deadline_ends_and_shows_its_stack() -> None:
+    script = """
+import time
+from aquarl.cluster.waits import Deadline
+
+deadline = Deadline(0.5)
+for _ in range(3):
+    deadline.renew()
+    time.sleep(0.2)
+with deadline.lifted():
+    time.sleep(1)
+print("so far", flush=True)
+def stuck():
+    time.sleep(60)
+stuck()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert (done.returncode, done.stdout) == (1, "so far\n")
+    assert "in stuck" in done.stderr

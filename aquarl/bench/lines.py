@@ -38,8 +38,8 @@ def bench(
             "measure the CPU, or see `aquarl doctor` for what is missing."
         )
     torch.set_num_threads(threads)
-    keep_memory()
     machine = measure_machine(torch.device(device))
+    keep_memory()  # not what that took
     names = tuple(engines) if kind in WITH_ENGINE else ("torch",)
     made = {engine: PIECES[kind](work, machine, device, engine) for engine in names}
     lines = measure(made, repeats, device)

@@ -6,11 +6,11 @@ Several pieces are run in turn, so that a neighbour on the machine slows all of 
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from aquarl.bench.pieces import Piece
 from aquarl.observe.machine import cpu_model
 
 Figures = dict[str, Any]
+PROCESS = Path("/proc/self")
 
 
 def measure(pieces: Mapping[str, Piece], repeats: int, device: str) -> dict[str, Figures]:
@@ -26,16 +27,20 @@ def measure(pieces: Mapping[str, Piece], repeats: int, device: str) -> dict[str,
 
     Returns:
         By name: seconds of wall and CPU time (all threads of this process) as
-        {median, low, high}, tokens per second of both, the floor and how much of the time it is.
+        {median, low, high}, tokens per second of both, the floor and how much of the time it is;
+        the most memory that the process (its part of a GPU) held while the piece ran.
     """
     wall: dict[str, list[float]] = {name: [] for name in pieces}
     cpu: dict[str, list[float]] = {name: [] for name in pieces}
+    peak = dict.fromkeys(pieces, 0.0)
     for repeat in range(repeats + 1):
         for name, piece in pieces.items():
             _settle(device)
+            _forget_peak(device)
             wall_from, cpu_from = time.perf_counter(), time.process_time()
             piece.run()
             _settle(device)
+            peak[name] = max(peak[name], _peak_bytes(device))
             if repeat:
                 wall[name].append(time.perf_counter() - wall_from)
                 cpu[name].append(time.process_time() - cpu_from)
@@ -53,7 +58,7 @@ def measure(pieces: Mapping[str, Piece], repeats: int, device: str) -> dict[str,
             "tokens_per_cpu_s": round(piece.tokens / max(cpu_s["median"], 1e-9), 1),
             "floor_s": _rounded(piece.floor_s),
             "floor_share": _rounded(piece.floor_s / taken),
-            "peak_memory_mb": round(_peak_bytes(device) / 1e6),
+            "peak_memory_mb": round(peak[name] / 1e6),
         }
     return lines
 
@@ -79,11 +84,20 @@ def _settle(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+def _forget_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif PROCESS.is_dir():
+        (PROCESS / "clear_refs").write_text("5")  # Linux: the peak is what is held now
+
+
 def _peak_bytes(device: str) -> float:
     if device.startswith("cuda"):
         return float(torch.cuda.max_memory_allocated(device))
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    if PROCESS.is_dir():
+        lines = (PROCESS / "status").read_text().splitlines()
+        return next(1024 * float(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # macOS: since the start
 
 
 def _rounded(value: float) -> float:

@@ -62,8 +62,8 @@ def bench_ray(kind: str, work: Work, *, workers: int, repeats: int, threads: int
         ConfigError: The work cannot be done.
     """
     torch.set_num_threads(threads)
-    keep_memory()
     machine = measure_machine(torch.device("cpu"))
+    keep_memory()
     about = {"bench": kind, "size": work.size}
     here = {
         "hardware": hardware("cpu"),

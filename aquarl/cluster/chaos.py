@@ -31,7 +31,7 @@ from rich.table import Table
 
 from aquarl.cluster.connection import cluster_address, connected, namespace
 from aquarl.cluster.launch import run_stages
-from aquarl.cluster.results import STAGES, put_json, stands
+from aquarl.cluster.results import STAGES, copy_up_to_sft, put_json, stands
 from aquarl.config import Config, build_config
 from aquarl.errors import ClusterError, ConfigError
 from aquarl.model.checkpoint import checkpoint_folder
@@ -141,9 +141,7 @@ def _hardened(config: Config, folder: Path) -> Config:
 
 def _run_from_sft(config: Config, folder: Path) -> float:
     """Run the RL stage in a folder that begins with the finished SFT. Returns its seconds."""
-    for part in ("tokenizer", "results", "checkpoints/sft"):
-        shutil.copytree(Path(config.run.dir) / part, folder / part)
-    (folder / "results/rl.json").unlink(missing_ok=True)
+    copy_up_to_sft(Path(config.run.dir), folder)
     began = time.monotonic()
     run_stages(_hardened(config, folder), ("rl",))
     return time.monotonic() - began

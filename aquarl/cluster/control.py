@@ -100,7 +100,9 @@ def submit(stage: str, config: Config) -> str:
     try:
         client = _impatient(JobSubmissionClient)(address)
         job = client.submit_job(
-            entrypoint=shlex.join(["python", str(script), *settings(config)]),
+            entrypoint=shlex.join(
+                ["python", str(script), "--config", "defaults", *settings(config)]
+            ),
             runtime_env={
                 "working_dir": str(ROOT),
                 "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_S, "PYTHONUNBUFFERED": "1"},

@@ -264,7 +264,12 @@ def check_cluster(address: str | None) -> Finding:
     """Find the cluster, see that something answers there, then join it for a moment."""
     from ray._private.services import canonicalize_bootstrap_address
 
-    address = address or os.environ.get("RAY_ADDRESS") or canonicalize_bootstrap_address(None)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address in (None, "", "auto"):
+        try:
+            address = canonicalize_bootstrap_address("auto")
+        except ConnectionError:
+            address = None
     if not address or address == "local":
         what = "none runs; a stage then starts a Ray of its own on this machine"
         return Finding("cluster", "note", what, ".venv/bin/ray up cluster.yaml")

@@ -5,11 +5,14 @@ The prompts of a question are dealt out to the actors in turn and come back in o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError, RayActorError
 
+from aquarl.cluster.errors import last_line
 from aquarl.cluster.results import finished_checkpoint, finished_policy, run_and_stage
 from aquarl.cluster.rollout_pool import sampler_maker, unused
 from aquarl.cluster.waits import wait_for
@@ -21,6 +24,8 @@ from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT
 from aquarl.records import Problem, Prompt, Rollout, Sampling, Weights
 from aquarl.tasks.catalog import problems_to_evaluate
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluationWorker:
@@ -43,27 +48,29 @@ class EvaluationWorker:
 
 
 class PooledSampler:
-    """Several `EvaluationWorker`s as one `Sampler`."""
+    """Several `EvaluationWorker`s as one `Sampler`. One that dies is replaced."""
 
     def __init__(self, config: Config, model: GPT, tokenizer: Tokenizer, workers: int) -> None:
         hired = ray.remote(
             num_cpus=config.cluster.rollout_cpus, num_gpus=config.cluster.rollout_gpus
         )(EvaluationWorker)
-        self._workers: list[Any] = [
-            hired.options(name=name).remote(name, config, model.shape, tokenizer)
-            for name in (unused(f"evaluate-{i}") for i in range(workers))
-        ]
-        self.shape, self.version = model.shape, -1
+
+        def hire(place: int) -> Any:
+            name = unused(f"evaluate-{place}")
+            return hired.options(name=name).remote(name, config, model.shape, tokenizer)
+
+        self._hire = hire
+        self._workers = [hire(place) for place in range(workers)]
+        self._deaths_in_a_row = 0
+        self._weights: Any = None
+        self.fits, self.version = (model.shape, tokenizer.end_of_turn), -1
+        """Which policies these workers can take."""
         self._config = config
 
     def load_weights(self, weights: Weights) -> None:
         """Let every worker take these weights."""
-        shared = ray.put(weights)
-        self._wait_for(
-            [worker.load_weights.remote(shared) for worker in self._workers],
-            self._config.cluster.start_timeout_s,
-            "rollout workers to start and take their weights",
-        )
+        self._weights = ray.put(weights)
+        self._ask_all("load_weights", dict.fromkeys(range(len(self._workers)), (self._weights,)))
         self.version = weights.version
 
     def sample(
@@ -82,23 +89,54 @@ class PooledSampler:
 
     def _dealt(self, method: str, *columns: Sequence[Any], extra: tuple[Any, ...] = ()) -> Any:
         n = len(self._workers)
-        parts = [
-            getattr(worker, method).remote(*(list(column[i::n]) for column in columns), *extra)
-            for i, worker in enumerate(self._workers)
-            if columns[0][i::n]
-        ]
+        shares = {
+            place: (*(list(column[place::n]) for column in columns), *extra)
+            for place in range(min(n, len(columns[0])))
+        }
         results: list[Any] = [None] * len(columns[0])
-        answers = self._wait_for(parts, self._config.rl.wait_timeout_s, "a batch of answers")
-        for i, part in enumerate(answers):
-            results[i::n] = part
+        for place, answers in self._ask_all(method, shares).items():
+            results[place::n] = answers
         return results
 
-    def _wait_for(self, refs: list[Any], timeout_s: float, what: str) -> Any:
-        cluster = self._config.cluster
+    def _ask_all(self, method: str, arguments: dict[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Return the answer from each place. Who dies of it has a successor, which is asked again.
+
+        The seeds are the problems' own, so that it gives the same answers.
+        """
+        asked = {place: self._ask(place, method, *of) for place, of in arguments.items()}
+        answers: dict[int, Any] = {}
+        while asked:
+            place = next(iter(asked))
+            try:
+                answers[place] = self._wait_for(asked[place], is_start=method == "load_weights")
+            except RayActorError as error:
+                self._replace(place, error)
+                asked[place] = self._ask(place, method, *arguments[place])
+            else:
+                del asked[place]
+                self._deaths_in_a_row = 0
+        return answers
+
+    def _ask(self, place: int, method: str, *arguments: Any) -> Any:
+        return getattr(self._workers[place], method).remote(*arguments)
+
+    def _replace(self, place: int, error: RayActorError) -> None:
+        """Hire who follows a dead worker. Raises: `error`, if that would not help."""
+        self._deaths_in_a_row += 1
+        has_started = not (isinstance(error, ActorDiedError) and error.actor_init_failed)
+        if not has_started or self._deaths_in_a_row > self._config.rl.worker_restarts:
+            raise error
+        logger.warning("evaluate-%d died and is replaced: %s", place, last_line(error))
+        self._workers[place] = self._hire(place)
+        self._ask(place, "load_weights", self._weights)
+
+    def _wait_for(self, ref: Any, *, is_start: bool) -> Any:
+        """Return an answer. Any may have to wait for a successor to start."""
+        cluster, wait_s = self._config.cluster, self._config.rl.wait_timeout_s
         return wait_for(
-            refs,
-            timeout_s,
-            what=what,
+            ref,
+            cluster.start_timeout_s + (0 if is_start else wait_s),
+            what="rollout workers to start" if is_start else "a batch of answers",
             advice=f"Each of {len(self._workers)} workers asks for {cluster.rollout_cpus:g} CPUs "
             f"and {cluster.rollout_gpus:g} GPUs. Lower rl.rollout_workers or "
             "evaluate.prompts_per_batch, or raise cluster.start_timeout_s and rl.wait_timeout_s.",
@@ -150,13 +188,13 @@ def _step_and_stage(run_dir: str, stage: str) -> dict[str, Any]:
 def _measured(
     config: Config, policies: Sequence[tuple[GPT, Tokenizer]], problems: Sequence[Problem]
 ) -> list[dict[str, Any]]:
-    """Return the measures of each policy; neighbours of one shape share their workers."""
+    """Return the measures of each policy; neighbours share their workers where they can."""
     workers = min(config.rl.rollout_workers.min, len(problems))
     pool: PooledSampler | None = None
     measured: list[dict[str, Any]] = []
     try:
         for model, tokenizer in policies:
-            if pool is None or pool.shape != model.shape:  # which holds the vocabulary's size
+            if pool is None or pool.fits != (model.shape, tokenizer.end_of_turn):
                 if pool is not None:
                     pool.close()
                 pool = PooledSampler(config, model, tokenizer, workers)

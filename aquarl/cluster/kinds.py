@@ -12,12 +12,16 @@ from aquarl.config import Config, RolloutKind
 
 
 def kinds_of(config: Config) -> tuple[RolloutKind, ...]:
-    """Return the kinds of rollout workers: those listed, or the one that the settings describe."""
+    """Return the kinds of RL's rollout workers: those listed, or the one that evaluation has."""
+    return config.cluster.rollout_kinds or (evaluation_kind(config),)
+
+
+def evaluation_kind(config: Config) -> RolloutKind:
+    """Return the one kind of worker that evaluates."""
     cluster = config.cluster
-    only = RolloutKind(
+    return RolloutKind(
         engine=config.rl.engine, cpus=cluster.rollout_cpus, gpus=cluster.rollout_gpus
     )
-    return cluster.rollout_kinds or (only,)
 
 
 def next_kind(kinds: Sequence[RolloutKind], held: Counter[int]) -> int:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from aquarl.cluster.connection import beside_driver, cluster_address, connected, namespace
 from aquarl.cluster.errors import plain_errors
-from aquarl.cluster.kinds import first_kinds, kinds_of
+from aquarl.cluster.kinds import evaluation_kind, first_kinds, kinds_of
 from aquarl.cluster.results import (
     finished_at,
     finished_checkpoint,
@@ -33,7 +33,7 @@ from aquarl.cluster.results import (
     stands,
     tokenizer_folder,
 )
-from aquarl.config import Config
+from aquarl.config import Config, RolloutKind
 from aquarl.errors import ClusterError
 
 TOKENIZER_WITHIN_S = 2 * 3600.0
@@ -62,14 +62,15 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
     if not missing:
         return
     if "rl" in missing:
-        check_engine(config)
+        check_engine(config, kinds_of(config), config.rl.temperature)
     require_predecessor(config, missing[0])
     with connected(config), settings_kept(config), plain_errors():
         _run(config, missing, since)
 
 
 def _run(config: Config, stages: tuple[str, ...], since: float) -> None:
-    check_resources(config, with_rollouts="rl" in stages)
+    hired = first_kinds(config, config.rl.rollout_workers.min) if "rl" in stages else []
+    check_resources(config, config.cluster.learners.min, hired)
     from aquarl.cluster.relay import relay_to
     from aquarl.observe.metrics import make_sinks
 
@@ -188,10 +189,11 @@ def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]
     Args:
         against: Another run directory, or one of its stages as DIR:STAGE, to compare with.
     """
-    check_engine(config)
+    workers, kind = config.rl.rollout_workers.min, evaluation_kind(config)
+    check_engine(config, (kind,), config.evaluate.temperature)
     began = time.time()
     with connected(config), plain_errors():
-        check_resources(config, with_rollouts=True, learners=0)
+        check_resources(config, 0, [kind] * workers)
         from aquarl.cluster.evaluation import evaluate_checkpoints
         from aquarl.evaluate.evaluator import accuracies
         from aquarl.observe.metrics import make_trackers
@@ -202,7 +204,7 @@ def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]
             result = evaluate_checkpoints(config, against)
         result["ran_on"] = ran_on()
     result["wall_s"] = time.time() - began
-    result["rollout_workers"] = config.rl.rollout_workers.min
+    result["rollout_workers"] = workers
     result["settings"] = config.evaluate.model_dump(mode="json")
     put_json(f"{config.run.dir}/results/evaluate.json", result)
     with make_trackers(config) as trackers:
@@ -210,31 +212,31 @@ def run_evaluation(config: Config, against: str | None = None) -> dict[str, Any]
     return result
 
 
-def check_engine(config: Config) -> None:
-    """Refuse at once what no rollout worker could do, before a stage has taken minutes.
+def check_engine(config: Config, kinds: Sequence[RolloutKind], temperature: float) -> None:
+    """Refuse at once what no worker of these kinds could do, before a stage has taken minutes.
 
     Raises:
-        ConfigError: vLLM is to sample, but is not installed, or not at these temperatures.
+        ConfigError: vLLM is to sample, but is not installed, or not at this temperature.
     """
-    if all(kind.engine != "vllm" for kind in kinds_of(config)):
+    if all(kind.engine != "vllm" for kind in kinds):
         return
     from aquarl.engines.vllm_engine import check_temperature, require_vllm
 
     if not cluster_address(config):  # else its workers have an installation of their own
         require_vllm()
-    for temperature in (config.rl.temperature, config.evaluate.temperature):
-        check_temperature(temperature)
+    check_temperature(temperature)
 
 
 def check_evaluation(config: Config, against: str | None) -> None:
-    """Refuse at once an evaluation without problems or without the run to compare with, before
-    stages have taken hours.
+    """Refuse at once an evaluation that cannot be, before stages have taken hours.
 
     Raises:
-        AquarlError: There are no problems to evaluate on, or no such run or stage.
+        AquarlError: There are no problems to evaluate on, or no such run or stage to compare with,
+            or vLLM is to sample and cannot.
     """
     from aquarl.tasks.catalog import problems_to_evaluate
 
+    check_engine(config, (evaluation_kind(config),), config.evaluate.temperature)
     problems_to_evaluate(config)
     if against is None:
         return
@@ -243,17 +245,19 @@ def check_evaluation(config: Config, against: str | None) -> None:
         finished_checkpoint(folder, stage)
 
 
-def check_resources(config: Config, *, with_rollouts: bool, learners: int | None = None) -> None:
+def check_resources(config: Config, learners: int, hired: Sequence[RolloutKind]) -> None:
     """Refuse what this machine can never give: Ray itself would wait for ever, silently.
+
+    Args:
+        learners: How many there have to be at once.
+        hired: The kind of each rollout worker that has to be there beside them.
 
     Raises:
         ClusterError: It has too few CPUs or GPUs.
     """
     if cluster_address(config):
         return  # a cluster may grow: there the deadlines speak
-    cluster, workers = config.cluster, config.rl.rollout_workers.min if with_rollouts else 0
-    learners = cluster.learners.min if learners is None else learners
-    hired = first_kinds(config, workers)
+    cluster = config.cluster
     for kind, learner, rollouts in (
         ("CPU", cluster.learner_cpus, sum(worker.cpus for worker in hired)),
         ("GPU", cluster.learner_gpus, sum(worker.gpus for worker in hired)),
@@ -270,7 +274,7 @@ def check_resources(config: Config, *, with_rollouts: bool, learners: int | None
                 "them: cluster.address=HOST:6379."
             )
             raise ClusterError(
-                f"{learners} learners with {learner:g} {kind}s each and {workers} rollout "
+                f"{learners} learners with {learner:g} {kind}s each and {len(hired)} rollout "
                 f"workers with {rollouts:g} in all need {needed:g} {kind}s, but this machine has "
                 f"{there:g}. {advice}"
             )

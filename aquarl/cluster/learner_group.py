@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import fsspec
 import ray
@@ -43,6 +43,8 @@ from aquarl.config import Config, build_config
 from aquarl.errors import AquarlError, ClusterError
 from aquarl.model.modes import keep_memory
 from aquarl.storage import remove
+
+T = TypeVar("T")
 
 ABORT_S = 5.0
 LONGEST_WAIT = timedelta(days=1)
@@ -74,28 +76,31 @@ class Member:
         dist.all_reduce(values)
         return dict(zip(numbers, values.tolist(), strict=True))
 
-    def once_a_machine(self, work: Callable[[], None]) -> None:
-        """Do this on one worker of each machine while the others wait, for hours if need be.
+    def each(self, work: Callable[[], T]) -> T:
+        """Return what this makes here, once every worker has done it. No such call within another.
 
         Raises:
-            AquarlError: What the work raised on any of them.
+            AquarlError: What the work raised on any of them; on all, so that none waits for one
+                that has given up.
         """
-        self._on_some(self.local_rank == 0, work)
-
-    def together(self, work: Callable[[], None]) -> None:
-        """Do this on rank 0, and fail on all ranks if it failed there, so that none waits."""
-        self._on_some(self.rank == 0, work)
-
-    def _on_some(self, is_mine: bool, work: Callable[[], None]) -> None:
-        fault = ""
-        if is_mine:
-            try:
-                work()
-            except AquarlError as error:
-                fault = str(error)
+        made, fault = None, ""
+        try:
+            made = work()
+        except AquarlError as error:
+            fault = str(error)
         for said in self._said_by_all(fault):
             if said:
                 raise AquarlError(said)
+        return cast(T, made)
+
+    def once_a_machine(self, work: Callable[[], None]) -> None:
+        """Do this on one worker of each machine while the others wait, for hours if need be.
+        Raises: AquarlError, as `each`."""
+        self.each(work if self.local_rank == 0 else _nothing)
+
+    def once(self, work: Callable[[], None]) -> None:
+        """Do this on rank 0 while the others wait. Raises: AquarlError, as `each`."""
+        self.each(work if self.rank == 0 else _nothing)
 
     def _said_by_all(self, word: str) -> list[str]:
         """Return what each rank says, once all have said it.
@@ -109,6 +114,10 @@ class Member:
         store.set(keys[self.rank], f":{word}")  # never empty
         store.wait(keys, LONGEST_WAIT)
         return [store.get(key).decode()[1:] for key in keys]
+
+
+def _nothing() -> None:
+    pass
 
 
 def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:

@@ -36,6 +36,7 @@ def alone() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
         "RAY_TMPDIR": str(sessions.parent),  # where it is anyway: `aquarl status` looks there
         "TMPDIR": folder,  # of Ray's processes; some leave sockets and encoded text behind
+        "LOG_NAME_UPDATE_INTERVAL_S": "3600",  # for new logs to send to a driver; ours takes none
         # Of each call Ray keeps a record of some 3 kB for its dashboard, by default 100,000.
         "RAY_task_events_max_num_task_in_gcs": "10000",
         "GLOO_SOCKET_IFNAME": loopback,

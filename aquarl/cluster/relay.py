@@ -2,7 +2,7 @@
 
 A learner calls and goes on; the driver takes what has come, a few times a second, in a thread of
 its own: numbers go to the sinks, and the line of a finished stage is printed after its numbers.
-If the relay is gone the run goes on without it.
+If the relay dies the run goes on, and Ray makes another; what was in it is lost.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from rich.console import Console
 
 from aquarl.cluster.connection import beside_driver
+from aquarl.cluster.errors import last_line
 from aquarl.cluster.rollout_pool import unused
 from aquarl.observe.metrics import Sinks
 from aquarl.records import Metrics
@@ -58,7 +59,7 @@ def say_finished(relay: ActorHandle, stage: str, step: int, line: str) -> None:
 def relay_to(sinks: Sinks) -> Iterator[ActorHandle]:
     """Hire a relay and pass on what comes, until the block is left; then what is left in it."""
     relay: Any = (
-        ray.remote(num_cpus=0)(MetricsRelay)
+        ray.remote(num_cpus=0, max_restarts=-1)(MetricsRelay)
         .options(name=unused("metrics-relay"), scheduling_strategy=beside_driver())
         .remote()
     )
@@ -68,16 +69,19 @@ def relay_to(sinks: Sinks) -> Iterator[ActorHandle]:
     )  # shows itself on terminals only
 
     def pass_on() -> None:
-        is_last, taking = False, None
+        is_last, is_down, taking = False, False, None
         while not is_last:
             is_last = is_over.wait(POLL_S)
             taking = taking or relay.take.remote()
             try:
-                taken = ray.get(taking, timeout=30)
+                taken, is_down = ray.get(taking, timeout=30), False
             except GetTimeoutError:
                 continue  # a very busy machine: what it took is not lost
-            except RayError:
-                return
+            except RayError as error:  # Ray makes it again
+                if not is_down:
+                    why = f"The relay of metrics died ({last_line(error)}), so some are lost."
+                    print(f"{why} The run goes on.", file=sys.stderr, flush=True)
+                taken, is_down = [], True
             taking = None
             for stage, step, said in taken:
                 starting.stop()

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
 
 from aquarl.config import Config, to_toml
 from aquarl.errors import AquarlError, CheckpointError, ConfigError, StorageError
+from aquarl.evaluate.scores import validation_text
 from aquarl.records import Metrics
 from aquarl.storage import find, get, put
 
@@ -38,7 +41,7 @@ DEPENDS_ON = {
 """Sections that decide a stage's result, beside those of the stages before it."""
 WITHOUT_EFFECT = {
     "dir", "rollout_workers", "save_every", "eval_every", "eval_rows", "eval_problems",
-    "micro_rows", "micro_prompts", "prompts_per_lease", "transcripts_per_step",
+    "micro_rows", "micro_prompts", "transcripts_per_step",
     "wait_timeout_s", "lease_timeout_s", "worker_restarts", "lease_deaths",
 }  # fmt: skip
 """Keys that may change between runs and make no other policy, but for rounding."""
@@ -49,7 +52,6 @@ HEADLINES = (
     "bytes_per_token",
     "loss/validation",
     "loss/bits_per_byte",
-    "validation/accuracy",
 )
 
 
@@ -115,8 +117,11 @@ def settings_of(config: Config, stage: str) -> Settings:
     sections: list[str] = []
     for name in STAGES[: STAGES.index(stage) + 1]:
         sections += DEPENDS_ON[name]
+    idle = WITHOUT_EFFECT
+    if config.rl.advantage != "global" and not config.rl.refill_uniform_groups:
+        idle = idle | {"prompts_per_lease"}  # else answers of a lease are judged, or made, together
     return {
-        section: {k: v for k, v in everything[section].items() if k not in WITHOUT_EFFECT}
+        section: {k: v for k, v in everything[section].items() if k not in idle}
         for section in sections
     }
 
@@ -150,7 +155,9 @@ def record(config: Config, stage: str, since: float, metrics: Metrics, **facts: 
         f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}"
         for name, value in shown.items()
     )
-    return f"{stage:>9}  done in {finished - since:5.1f} s  {numbers}"
+    if validation := validation_text(metrics):
+        numbers += f"  validation {validation}"
+    return f"{stage:>9}  done in {finished - since:5.1f} s  {numbers.strip()}"
 
 
 def record_import(config: Config, stage: str, checkpoint: str, since: float) -> None:
@@ -166,6 +173,15 @@ def record_import(config: Config, stage: str, checkpoint: str, since: float) -> 
             record(config, earlier, since, {}, settings={}, wall_s=None)
     steps = read_meta(checkpoint)["step"]
     record(config, stage, since, {}, settings={}, wall_s=None, steps=steps)
+
+
+def copy_up_to_sft(source: Path, folder: Path) -> None:
+    """Have a new local run directory begin with all that RL starts from in another."""
+    for part in ("tokenizer", "checkpoints/sft"):
+        shutil.copytree(source / part, folder / part)
+    (folder / "results").mkdir()
+    for stage in STAGES[: STAGES.index("rl")]:
+        shutil.copy(source / f"results/{stage}.json", folder / "results")
 
 
 def ran_on() -> dict[str, Any]:

@@ -6,9 +6,11 @@ restarted by Ray Train are the same code. The first rank alone writes.
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from aquarl.cluster.results import (
     stands,
     tokenizer_folder,
 )
-from aquarl.cluster.waits import leave_stacks
+from aquarl.cluster.waits import Deadline, leave_stacks
 from aquarl.config import Config
 from aquarl.data.batches import RowSource
 from aquarl.data.tokenizer import Tokenizer
@@ -67,18 +69,25 @@ class Post:
     stream: Any = None
     """The stream actor, where the RL stage is to run."""
 
+    @cached_property
+    def deadline(self) -> Deadline:
+        """Of a step. Renewed by what shows that the learner gets on."""
+        return Deadline(self.config.cluster.step_timeout_s)
+
     def log(self, stage: str, step: int, metrics: Metrics) -> None:
+        self.deadline.renew()
         if self.member.rank == 0:
             self.relay.put.remote(stage, step, metrics)
 
     def finish(self, stage: str, since: float, metrics: Metrics, **facts: Any) -> None:
         """Write the stage's result, and go on when it is written. Raises: AquarlError."""
+        self.deadline.lift()
 
         def write() -> None:
             line = record(self.config, stage, since, metrics, learners=self.member.world, **facts)
             say_finished(self.relay, stage, facts["steps"], line)
 
-        self.member.together(write)
+        self.member.once(write)
 
 
 def learner_stages(post: Post, stages: tuple[str, ...], since: float) -> None:
@@ -87,7 +96,7 @@ def learner_stages(post: Post, stages: tuple[str, ...], since: float) -> None:
     Args:
         since: Unix seconds at which the first of them began.
     """
-    tokenizer = Tokenizer.load(tokenizer_folder(post.config))
+    tokenizer = post.member.each(lambda: Tokenizer.load(tokenizer_folder(post.config)))
     for stage, following in zip(stages, (*stages[1:], ""), strict=True):
         if not stands(post.config, stage):
             if stage == "rl":
@@ -101,14 +110,12 @@ def _supervised_stage(
     post: Post, stage: str, tokenizer: Tokenizer, since: float, *, then_rl: bool
 ) -> None:
     config, member = post.config, post.member
-    if stage == "base":
-        model = GPT(Shape.of(config.model, tokenizer.vocab_size)).init_weights(config.run.seed)
-    else:
-        model = finished_policy(config.run.dir, COMES_FROM[stage], tokenizer.fingerprint)
-    compile_policy(model.to(member.device), config.cluster.compile)
+    model = member.each(lambda: _policy_before(post, stage, tokenizer))
     if then_rl and member.rank == 0:
         post.stream.begin.remote(model.shape)  # the rollout workers start while this stage trains
-    train, validation, refused = _rows(post, stage, tokenizer)
+    if stage == "base":
+        member.once_a_machine(lambda: base.encode_corpus(config, tokenizer, token_folder(config)))
+    train, validation, refused = member.each(lambda: _rows(config, stage, tokenizer))
     trainer = SupervisedTrainer(
         model,
         getattr(config, stage),
@@ -119,9 +126,7 @@ def _supervised_stage(
         member.rank,
         member.world,
     )
-    if newest := latest_checkpoint(stage_folder(config.run.dir, stage)):
-        _load_into(model, newest, tokenizer.fingerprint)
-        trainer.load_state(load_training(newest))
+    member.each(lambda: _resume(config, stage, tokenizer, model, trainer))
     last: Metrics = {}
 
     def log(step: int, metrics: Metrics) -> None:
@@ -130,7 +135,7 @@ def _supervised_stage(
 
     def save(trainer: SupervisedTrainer) -> None:
         folder = checkpoint_folder(config.run.dir, stage, trainer.step)
-        member.together(
+        member.once(
             lambda: save_checkpoint(
                 folder,
                 model,
@@ -157,6 +162,32 @@ def _supervised_stage(
         member.once_a_machine(lambda: remove(str(token_folder(config))))
 
 
+def _policy_before(post: Post, stage: str, tokenizer: Tokenizer) -> GPT:
+    """Return the policy that a supervised stage starts from, on this learner's device."""
+    config = post.config
+    if stage == "base":
+        model = GPT(Shape.of(config.model, tokenizer.vocab_size)).init_weights(config.run.seed)
+    else:
+        model = finished_policy(config.run.dir, COMES_FROM[stage], tokenizer.fingerprint)
+    compile_policy(model.to(post.member.device), config.cluster.compile)
+    return model
+
+
+def _resume(
+    config: Config,
+    stage: str,
+    tokenizer: Tokenizer,
+    model: GPT,
+    trainer: SupervisedTrainer | Learner,
+) -> str | None:
+    """Go on from a stage's newest whole checkpoint, and return its folder, if there is one."""
+    newest = latest_checkpoint(stage_folder(config.run.dir, stage))
+    if newest is not None:
+        _load_into(model, newest, tokenizer.fingerprint)
+        trainer.load_state(load_training(newest))
+    return newest
+
+
 def _load_into(model: GPT, folder: str, fingerprint: str) -> None:
     loaded = load_model(folder, fingerprint)
     if loaded.shape != model.shape:
@@ -169,14 +200,11 @@ def _load_into(model: GPT, folder: str, fingerprint: str) -> None:
 
 
 def _rows(
-    post: Post, stage: str, tokenizer: Tokenizer
+    config: Config, stage: str, tokenizer: Tokenizer
 ) -> tuple[RowSource, RowSource, dict[str, int]]:
     """Return a stage's rows to train and to validate on, and which of its data were refused."""
-    config = post.config
     if stage == "base":
-        folder = token_folder(config)
-        post.member.once_a_machine(lambda: base.encode_corpus(config, tokenizer, folder))
-        return *base.rows(config, tokenizer, folder), {}
+        return *base.rows(config, tokenizer, token_folder(config)), {}
     if stage == "mid":
         return mid.rows(config, tokenizer)
     splits = load_problems(config.data, config.run.seed)
@@ -184,21 +212,29 @@ def _rows(
 
 
 def token_folder(config: Config) -> Path:
-    """Return where this machine keeps encoded text: in the run directory where that is local."""
+    """Return where this machine keeps encoded text: in the run directory where that is local.
+
+    Else in the user's cache, where it outlives a run that is stopped.
+    """
     if "://" not in config.run.dir:
         return Path(config.run.dir) / "tokens"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     name = config.run.dir.replace("://", "_").replace("/", "_")
-    return Path(tempfile.gettempdir()) / "aquarl_tokens" / name
+    return cache / "aquarl" / "tokens" / name
 
 
 def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
     """Tune the policy on the stream's groups."""
     config, member = post.config, post.member
-    model = finished_policy(config.run.dir, "sft", tokenizer.fingerprint).to(member.device)
+
+    def policy_before() -> GPT:
+        return finished_policy(config.run.dir, "sft", tokenizer.fingerprint).to(member.device)
+
+    model = member.each(policy_before)
     reference = None
     if config.rl.kl_weight:
-        reference = finished_policy(config.run.dir, "sft", tokenizer.fingerprint).to(member.device)
-        reference.requires_grad_(False)
+        reference = member.each(policy_before).requires_grad_(False)
+    validation = member.each(lambda: _validation_prompts(config, tokenizer))
     learner = Learner(
         model,
         config.rl,
@@ -209,20 +245,18 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         world=member.world,
     )
     frontier = trained_tokens = 0
-    if newest := latest_checkpoint(stage_folder(config.run.dir, "rl")):
-        _load_into(model, newest, tokenizer.fingerprint)
-        learner.load_state(load_training(newest))
+    if newest := member.each(lambda: _resume(config, "rl", tokenizer, model, learner)):
         facts = read_meta(newest)["facts"]
         frontier, trained_tokens = int(facts["frontier"]), int(facts["trained_tokens"])
 
-    stream = RayStream(config, post.stream)
+    stream = RayStream(config, post.stream, post.deadline)
     ledger = Ledger(config.run.dir, learner.step)
 
     def begin() -> None:
         stream.begin(model.shape)
         stream.rewind(learner.step, frontier)
 
-    member.together(begin)  # no rank may ask for a step of before the rewind
+    member.once(begin)  # no rank may ask for a step of before the rewind
     last: Metrics = {}
 
     def log(step: int, metrics: Metrics) -> None:
@@ -259,13 +293,13 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
                 },
             )
 
-        member.together(write)
+        member.once(write)
 
     train_policy(
         config.rl,
         stream,
         learner,
-        validation=_validation_prompts(config, tokenizer),
+        validation=validation,
         log=log,
         save=save,
     )
@@ -294,8 +328,9 @@ class RayStream:
     both go on from the last checkpoint.
     """
 
-    def __init__(self, config: Config, actor: Any) -> None:
+    def __init__(self, config: Config, actor: Any, deadline: Deadline | None = None) -> None:
         self._actor, self._run_dir = actor, config.run.dir
+        self._waiting = deadline.lifted if deadline else nullcontext
         self._timeout_s = config.rl.wait_timeout_s + 60  # the stream itself gives up earlier
         self.groups_of_step: list[RolloutGroup] = []
         """On rank 0: all groups of the step that was asked for last."""
@@ -303,7 +338,7 @@ class RayStream:
 
     def _call(self, method: Callable[..., Any], *args: Any) -> Any:
         try:
-            with plain_errors(dead_is_a_mistake=False):
+            with self._waiting(), plain_errors(dead_is_a_mistake=False):
                 return ray.get(method.remote(*args), timeout=self._timeout_s)  # type: ignore[attr-defined]
         except GetTimeoutError:  # Ray Train starts the group again, and gives up in the end
             leave_stacks(self._run_dir, f"The stream did not answer in {self._timeout_s:.0f} s.")

@@ -78,6 +78,8 @@ class StreamActor:
         self._kinds: dict[str, int] = {}
         self._dismissed: set[str] = set()
         """Workers that were not up when they became too many: their end is no death."""
+        self._overdue: set[str] = set()
+        """Workers that are ended because they took too long over a lease."""
         self._up: set[str] = set()
         """Workers that have asked for work; the others start, or wait for a place."""
         self._size: PoolSize | None = PoolSize(config.rl)
@@ -152,7 +154,7 @@ class StreamActor:
     async def _resize(self, workers: int) -> None:
         """Hire what is missing. Surplus workers leave after their lease, or at once if not up."""
         self._wanted = workers
-        while self._begun and len(self._workers) < workers:
+        while self._begun and not self._is_over and len(self._workers) < workers:
             self._hire()
         for name in self._surplus() - self._up:
             self._dismissed.add(name)
@@ -211,7 +213,7 @@ class StreamActor:
             await self._bury(name, error)
         else:
             self._workers.pop(name, None)
-            await self._notify()
+            await self._resize(self._wanted)  # more may be wanted since it was told to leave
 
     async def _accept(self, groups: Sequence[RolloutGroup]) -> None:
         accepted = [group for group in groups if self._stream.submit(group)]
@@ -233,19 +235,23 @@ class StreamActor:
             ray.kill(worker)
         leases = self._stream.lost(name)
         if name in self._dismissed:
-            await self._notify()
+            await self._resize(self._wanted)
             return
+        why = last_line(error)
+        if name in self._overdue:
+            why = f"it took longer than rl.lease_timeout_s={self._config.rl.lease_timeout_s:g} s"
+            logger.warning("Rollout worker %s is replaced: %s over a lease.", name, why)
         set_aside = [x for x in leases if x.deaths >= self._config.rl.lease_deaths]
         self._metrics.lost(set_aside)
         for lease in set_aside:
-            logger.error("%s The last one: %s", what_is_set_aside(lease), last_line(error))
+            logger.error("%s The last one: %s", what_is_set_aside(lease), why)
         # An error is as likely to be the engine's as the lease's, so each counts.
         if isinstance(error, RayTaskError) or not any(lease.deaths > 1 for lease in leases):
             self._deaths_in_a_row += 1
         has_started = not (isinstance(error, ActorDiedError) and error.actor_init_failed)
         if not has_started:
             self._failed_starts += 1
-            logger.warning("Rollout worker %s could not start: %s", name, last_line(error))
+            logger.warning("Rollout worker %s could not start: %s", name, why)
         if self._is_over or len(self._workers) >= self._wanted:
             pass
         elif isinstance(mistake := users_mistake(error), (ConfigError, DataError, CheckpointError)):
@@ -253,7 +259,7 @@ class StreamActor:
         elif self._deaths_in_a_row > self._limit or self._failed_starts > STARTS * self._wanted:
             self._fault = (
                 f"Rollout worker {name} {'died' if has_started else 'could not start'} "
-                f"({last_line(error)}) and {self._replaced} were replaced before it, so replacing "
+                f"({why}) and {self._replaced} were replaced before it, so replacing "
                 "it again would not help. The last checkpoint is whole. If the log ends in an "
                 "out-of-memory error, halve rl.prompts_per_lease; then start the same command "
                 "again to resume."
@@ -312,7 +318,7 @@ class StreamActor:
 
     async def next_step(self, step: int, rank: int, world: int) -> StepShare:
         """Wait for a rank's groups of a step. Raises: ClusterError, saying why they cannot come."""
-        asked_at, fullness = time.monotonic(), self._stream.fullness
+        asked_at, fullness = time.monotonic(), self._stream.fullness(step)
         share: StepShare = await self._until(
             lambda: self._stream.step_share(step, rank, world), f"the groups of step {step}"
         )
@@ -400,10 +406,12 @@ class StreamActor:
                 "cluster.rollout_cpus or cluster.rollout_gpus, add nodes, or raise "
                 "rl.wait_timeout_s where nodes take longer to come."
             )
+        replaced = f", {len(self._overdue)} were replaced for their slowness" * bool(self._overdue)
         return (
             f"Waited {seconds:.0f} s for {what}, and they did not come: {len(self._workers)} "
-            f"workers hold {self._stream.holders()}. Raise rl.wait_timeout_s if this work really "
-            "takes so long, or lower rl.prompts_per_lease."
+            f"workers hold {self._stream.holders()}{replaced}. If a lease really takes so long, "
+            "lower rl.prompts_per_lease, or raise rl.lease_timeout_s and, beyond it, "
+            "rl.wait_timeout_s."
         )
 
     async def _wait(self, deadline: float, change: asyncio.Condition | None = None) -> None:
@@ -424,9 +432,9 @@ class StreamActor:
     async def _watch_the_clock(self) -> None:
         while not self._is_over:
             await asyncio.sleep(TICK_S)
-            stream = self._stream
-            if stream.expire(time.monotonic()):
-                await self._notify()
+            for name in self._stream.overdue(time.monotonic() - TICK_S) & self._workers.keys():
+                self._overdue.add(name)
+                ray.kill(self._workers[name])  # then its lease is given again, as after any death
             self._tell_state()
 
     def _tell_state(self) -> None:

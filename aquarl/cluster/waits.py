@@ -56,6 +56,32 @@ def stacks_after(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
+class Deadline:
+    """Ends this process, its stacks in its log, if it is not renewed in time; even stuck in C.
+
+    One a process: it is `faulthandler`'s only timer.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def renew(self) -> None:
+        log = sys.__stderr__ or sys.stderr
+        faulthandler.dump_traceback_later(self._seconds, exit=True, file=log)
+
+    def lift(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Have none within the block, which has another, and begin anew after it."""
+        self.lift()
+        try:
+            yield
+        finally:
+            self.renew()
+
+
 def leave_stacks(run_dir: str, why: str, state: dict[str, Any] | None = None) -> str:
     """Write where every thread and task of this process stands. Returns the sentence that says so.
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from aquarl.evaluate.scores import accuracy_text, validation_text
+
 MEANINGS = (
     "*Tokens*: positions of the rows, padding included; in RL, sampled tokens that were trained. "
     "*Tokens/s*: the same for each second of a step, the first left out. *Time*: from the end of "
@@ -20,7 +22,7 @@ def markdown(facts: dict[str, Any]) -> str:
     parts = [f"# {facts['run']}", _summary(facts), _stage_table(facts["stages"])]
     parts += [_places_part(facts), evaluation_part(facts["evaluation"])]
     parts += _pictures(facts["plots"], ("accuracy", "letters"))
-    rl = [_idle_part(facts["stages"].get("rl", {}))]
+    rl = [_idle_part(facts["stages"].get("rl", {})), _losses_part(facts["stages"].get("rl", {}))]
     rl += _pictures(facts["plots"], ("reward", "length", "rl_timeline"))
     supervised = _pictures(facts["plots"], ("loss", "bits_per_byte"))
     for title, section in (("RL, step by step", rl), ("Before RL", supervised)):
@@ -65,6 +67,8 @@ def _stage_table(stages: dict[str, Any]) -> str:
     rows = []
     for stage, facts in stages.items():
         last = ", ".join(f"{name} {value:.4g}" for name, value in facts["final"].items())
+        if validation := validation_text(facts["metrics"]):
+            last += f", validation {validation}"
         steps = _count(facts["steps"]) + ("" if facts["is_finished"] else " so far")
         row = [stage, steps, _count(facts["tokens"]), _rate(facts["tokens_per_s"])]
         row += [*([_percent(facts["mfu"])] if has_mfu else []), _time(facts["wall_s"])]
@@ -117,6 +121,22 @@ def _idle_part(rl: dict[str, Any]) -> str:
         f"workers were without work {_percent(workers)} of it (validating and saving left out). "
         "In the timeline, nothing is drawn for the learner while it saves."
     )
+
+
+def _losses_part(rl: dict[str, Any]) -> str:
+    """Say what went wrong with rollout workers on the way, if anything did."""
+    stream = rl.get("stream", {})
+    lost = [stream.get(name, 0) for name in ("workers_replaced", "reissued", "set_aside")]
+    if not any(lost):
+        return ""
+    text = f"{_plural(lost[0], 'rollout worker')} died and had a successor; "
+    text += f"{_plural(lost[1], 'lease')} had to be sampled again"
+    if lost[2]:
+        text += (
+            f", and {_plural(lost[2], 'lease')} killed so many workers that RL went on without: "
+            "their problems are in ledger.jsonl as `set_aside_after_deaths`"
+        )
+    return text + "."
 
 
 def _pictures(plots: list[str], wanted: tuple[str, ...]) -> list[str]:
@@ -224,8 +244,7 @@ def _interval(measured: dict[str, Any] | float) -> str:
         return "-"
     if isinstance(measured, float):  # pass@k as it was kept before it had an interval
         return _percent(measured)
-    low, high = 100 * measured["low"], 100 * measured["high"]
-    return f"{_percent(measured['accuracy'])} [{low:.1f}, {high:.1f}]"
+    return accuracy_text(measured["accuracy"], measured["low"], measured["high"])
 
 
 def _percent(share: float | None) -> str:

@@ -7,6 +7,7 @@ Drawn without pyplot, so nothing global is touched and no display is needed.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def all_plots(
     makers: dict[str, Callable[[], bytes | None]] = {
         "accuracy.png": lambda: accuracy_plot(stages),
         "letters.png": lambda: letters_plot(stages),
-        "reward.png": lambda: reward_plot(metrics, stages),
+        "reward.png": lambda: reward_plot(metrics),
         "length.png": lambda: length_plot(metrics),
         "rl_timeline.png": lambda: timeline_plot(metrics.get("rl", []), ledger),
         "loss.png": lambda: curves_plot(
@@ -81,20 +82,20 @@ def curves_plot(metrics: Rows, names: Sequence[str], what: str) -> bytes | None:
     return _png(figure)
 
 
-def reward_plot(metrics: Rows, stages: dict[str, Any]) -> bytes | None:
-    """Return the sampled reward of RL step by step, and accuracies measured on the way."""
+def reward_plot(metrics: Rows) -> bytes | None:
+    """Return the sampled reward of RL step by step, and the accuracy measured on the way."""
     steps, values = series(metrics.get("rl", []), "reward/mean")
     if not len(steps):
         return None
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     panel = figure.subplots()
     _noisy(panel, steps, values, COLOURS["rl"], "mean reward of training rollouts")
-    names = sorted({name for row in metrics["rl"] for name in row})
-    measured = [n for n in names if "accuracy" in n and not n.startswith(("reward/", "time/"))]
-    for name, mark in zip(measured, "osD^v", strict=False):
-        label = name.replace("/", " ").replace("_", " ")
-        panel.plot(*series(metrics["rl"], name), f"{mark}-", color=INK, ms=4.5, lw=1, label=label)
-    _baseline(panel, stages)
+    at, accuracies = series(metrics["rl"], "validation/accuracy")
+    if len(at):
+        panel.plot(at, accuracies, "o-", color=INK, ms=4.5, lw=1, label="validation accuracy")
+        (at, low), (_, high) = (series(metrics["rl"], f"validation/{x}") for x in ("low", "high"))
+        panel.fill_between(at, low, high, color=INK, alpha=0.12, lw=0, label="its 95 % interval")
+        _baseline(panel, series(metrics["rl"], "validation/majority_baseline")[1].tolist()[:1])
     _dress(panel, "rl: reward and accuracy on the way", "step", "reward; share right")
     panel.set_ylim(bottom=0)
     panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -146,7 +147,7 @@ def accuracy_plot(stages: dict[str, Any]) -> bytes | None:
             )  # fmt: skip
             if place == 0:
                 panel.plot([], [], mark, color=FAINT, ms=6, fillstyle=fill, label=label)
-    _baseline(panel, stages)
+    _baseline(panel, [r["greedy"]["majority_baseline"] for r in stages.values() if "greedy" in r])
     n = max(result["n"] for result in stages.values())
     _dress(panel, f"accuracy on {n} problems, 95 % intervals", "", "problems solved")
     panel.set_xticks(range(len(stages)), list(stages), fontsize=10)
@@ -187,11 +188,14 @@ def timeline_plot(rows: list[dict[str, Any]], ledger: list[dict[str, Any]]) -> b
     The clocks of the machines are taken to agree.
     """
     timed = [row for row in rows if "time/ended" in row]
-    spans = {
-        (row["worker"], row["lease"]): (*row["sampled"], row["step"])
-        for row in ledger
-        if any(row.get("sampled", ()))
-    }
+    spans: dict[tuple[str, int], tuple[float, float, int]] = {}
+    fetched: Counter[tuple[str, int]] = Counter()
+    """Seconds that a worker took new weights for, before a lease."""
+    for row in ledger:
+        if any(row.get("sampled", ())):
+            lease = row["worker"], row["lease"]
+            spans[lease] = (*row["sampled"], row["step"])
+            fetched[lease] += row.get("fetch_s", 0.0)
     if not timed or not spans:
         return None
     first = max(0, (len(timed) - STEPS_SHOWN) // 2)
@@ -208,8 +212,9 @@ def timeline_plot(rows: list[dict[str, Any]], ledger: list[dict[str, Any]]) -> b
         if right > left and line in lines:
             panel.barh(lines.index(line), right - left, 0.62, left - start, **look)
 
-    for (worker, _), (since, until, step) in spans.items():
-        bar(worker, since, until - since, color="#0072B2" if step % 2 else "#56B4E9")
+    for lease, (since, until, step) in spans.items():
+        bar(lease[0], since, until - since, color="#0072B2" if step % 2 else "#56B4E9")
+        bar(lease[0], since - fetched[lease], fetched[lease], color="#CC79A7")
     for row in timed:
         at = row["time/ended"] - row["time/step_s"]
         learn_s = row["time/step_s"] - row["time/wait_s"] - row["time/publish_s"]
@@ -230,6 +235,7 @@ def timeline_plot(rows: list[dict[str, Any]], ledger: list[dict[str, Any]]) -> b
         ("#F0E442", "validates"),
         ("#0072B2", "samples for odd steps"),
         ("#56B4E9", "samples for even steps"),
+        ("#CC79A7", "fetches weights"),
     ):
         panel.barh(0, 0, color=colour, label=label)
     steps = f"steps {shown[0]['step']} to {shown[-1]['step']}"
@@ -270,8 +276,7 @@ def _noisy(panel: Axes, steps: np.ndarray, values: np.ndarray, colour: str, labe
     panel.plot(steps, means, "-", color=colour, lw=2, label=label)
 
 
-def _baseline(panel: Axes, stages: dict[str, Any]) -> None:
-    baselines = [r["greedy"]["majority_baseline"] for r in stages.values() if "greedy" in r]
+def _baseline(panel: Axes, baselines: Sequence[float]) -> None:
     if baselines:
         label = f"always the commonest letter ({baselines[0]:.0%})"
         panel.axhline(baselines[0], color=INK, lw=1.2, ls=(0, (5, 3)), zorder=1.5, label=label)

@@ -29,7 +29,6 @@ FINAL = (
     "loss/validation",
     "loss/bits_per_byte",
     "reward/mean",
-    "validation/accuracy",
 )
 """Metrics whose last value stands in the table of stages."""
 PER_PROBLEM = ("problem_ids", "chosen", "is_correct")
@@ -116,7 +115,8 @@ def _stage_facts(
         },
         "cost": wall_s / 3600 * price_per_hour if wall_s and price_per_hour else None,
         "final": {name: value for name, value in final.items() if value is not None},
-        "metrics": result.get("metrics", {}),
+        "metrics": result.get("metrics") or _last_of_each(rows),
+        "stream": result.get("stream", {}),
         "refused": result.get("refused", {}),
         "cut": result.get("cut", 0),
     }
@@ -142,6 +142,10 @@ def _mean_in_time(rows: list[dict[str, Any]], name: str) -> float | None:
 def _last(rows: list[dict[str, Any]], name: str, summary: dict[str, Any]) -> float | None:
     values = [row[name] for row in rows if row.get(name) is not None]
     return summary.get(name, values[-1] if values else None)
+
+
+def _last_of_each(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for row in rows for name, value in row.items()}
 
 
 def _result(path: str) -> dict[str, Any]:

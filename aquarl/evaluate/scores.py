@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from aquarl.records import Measured
+from aquarl.records import Measured, Metrics
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -41,6 +41,22 @@ def wilson_interval(correct: float, n: float) -> tuple[float, float]:
     low = 0.0 if correct == 0 else max(0.0, (middle - half) / scale)
     high = 1.0 if correct == n else min(1.0, (middle + half) / scale)
     return low, high
+
+
+def accuracy_text(accuracy: float, low: float, high: float) -> str:
+    """Return an accuracy and its interval, in percent, as it is shown everywhere."""
+    return f"{100 * accuracy:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def validation_text(metrics: Metrics) -> str:
+    """Return what RL's last validation found, for a person; "" if there was none."""
+    if "validation/n" not in metrics:
+        return ""
+    accuracy, low, high, n, baseline = (
+        metrics[f"validation/{name}"]
+        for name in ("accuracy", "low", "high", "n", "majority_baseline")
+    )
+    return f"{accuracy_text(accuracy, low, high)} of {n:.0f}, baseline {100 * baseline:.1f} %"
 
 
 def clustered_interval(rates: Sequence[float], draws: int) -> tuple[float, float]:

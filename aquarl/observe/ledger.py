@@ -53,6 +53,7 @@ class Ledger:
                     "weights_version": group.weights_version,
                     "worker": group.worker,
                     "sampled": [round(moment, 3) for moment in group.sampled],
+                    "fetch_s": round(group.fetch_s, 4),
                     "rewards": [rollout.reward for rollout in group.rollouts],
                 }
             )

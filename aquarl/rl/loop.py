@@ -12,6 +12,7 @@ from typing import Protocol
 
 from aquarl.config import RLConfig
 from aquarl.data.tokenizer import Tokenizer
+from aquarl.evaluate.scores import majority_baseline, wilson_interval
 from aquarl.records import (
     Metrics,
     Prompt,
@@ -114,6 +115,9 @@ def validate(
 ) -> Metrics:
     """Return greedy accuracy and length on held-out problems, sampled by the rollout workers.
 
+    The accuracy with its n, its 95 % Wilson interval, and what always naming the commonest letter
+    would reach.
+
     Of no problems, or if no worker survived them, there is nothing to say: {}.
     """
     if not prompts:
@@ -122,9 +126,16 @@ def validate(
     began = time.perf_counter()
     if not (groups := stream.evaluate(f"validation {step}", prompts, sampling)):
         return {}
-    seen = describe(groups, step)
+    seen, n = describe(groups, step), len(groups)
+    low, high = wilson_interval(round(seen["reward/accuracy"] * n), n)
     return {
         "validation/accuracy": seen["reward/accuracy"],
+        "validation/n": n,
+        "validation/low": low,
+        "validation/high": high,
+        "validation/majority_baseline": majority_baseline(
+            [group.prompt.answer_letter for group in groups]
+        ),
         "validation/committed_fraction": seen["reward/committed_fraction"],
         "validation/length_mean": seen["rollout/length_mean"],
         "validation/cut_fraction": seen["rollout/cut_fraction"],

@@ -23,6 +23,8 @@ from aquarl.config import RLConfig
 from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare
 from aquarl.rl.prompts import PromptSource
 
+EVALUATION_LEASES = 8
+"""That an evaluation is dealt out in, at least."""
 REFILLS_AT_MOST = 3
 """Times the size of a step that refilling may add to it."""
 
@@ -116,10 +118,11 @@ class RolloutStream:
                 self._set_aside(entry)
         return [entry.lease for entry in freed]
 
-    def expire(self, now_s: float) -> int:
-        """Free leases that were not finished in time. Returns how many."""
+    def overdue(self, now_s: float) -> set[str]:
+        """Return the workers that have had a lease for longer than `lease_timeout_s`."""
         oldest = now_s - self.config.lease_timeout_s
-        return len(self._free(e for e in self._open.values() if e.worker and e.since_s < oldest))
+        open_ = self._open.values()
+        return {e.worker for e in open_ if e.worker and not e.is_finished and e.since_s < oldest}
 
     # Towards the learner.
 
@@ -194,12 +197,12 @@ class RolloutStream:
 
     def _prompts_of_a_question(self, seeds: Sequence[Sequence[int]]) -> int:
         """Return how many prompts of an evaluation a lease holds: at most as many answers as one of
-        the training, and two leases for each worker there may be, so that none is long alone."""
+        the training, and an eighth of all, for several workers. How many there are must not tell:
+        it would change the rounding."""
         config = self.config
         answers = config.prompts_per_lease * config.rollouts_per_prompt
         room = answers // max(map(len, seeds), default=1)
-        share = -(-len(seeds) // (2 * config.rollout_workers.max))
-        return max(config.prompts_per_lease, min(room, share))
+        return max(config.prompts_per_lease, min(room, -(-len(seeds) // EVALUATION_LEASES)))
 
     def answers(self, name: str) -> list[RolloutGroup] | None:
         """Return an evaluation's groups in the order of its prompts, once; None until then."""
@@ -212,13 +215,18 @@ class RolloutStream:
     @property
     def depth(self) -> int:
         """Groups that are in and not yet trained."""
-        entries = self._open.values()
-        return sum(len(e.groups) for e in entries if e.lease.step >= self._asked_step)
+        return self._ready_for(self._asked_step)
 
-    @property
-    def fullness(self) -> float:
-        """`depth` as a share of what `max_staleness` lets lie ready; on-policy, of one step."""
-        return self.depth / (self.config.prompts_per_step * max(1, self.config.max_staleness))
+    def fullness(self, step: int) -> float:
+        """Return what lies ready for a step and later, as a share of what `max_staleness` allows.
+
+        Of a step that is asked for the first time: on-policy nothing is.
+        """
+        allowed = self.config.prompts_per_step * max(1, self.config.max_staleness)
+        return self._ready_for(step) / allowed
+
+    def _ready_for(self, step: int) -> int:
+        return sum(len(e.groups) for e in self._open.values() if e.lease.step >= step)
 
     def holders(self) -> dict[str, int]:
         """Return which worker holds how many unfinished leases."""

@@ -80,11 +80,13 @@ def checked(sampling: Sampling, context: int) -> Sampling:
     Raises:
         ConfigError: A setting is out of range.
     """
-    if sampling.temperature < 0 or sampling.top_k < 0 or sampling.max_new_tokens < 1:
+    is_warm = sampling.temperature == 0 or 0.01 <= sampling.temperature <= 100
+    if not is_warm or sampling.top_k < 0 or sampling.max_new_tokens < 1:
         raise ConfigError(
             f"--temperature {sampling.temperature:g}, --top-k {sampling.top_k} and "
-            f"--max-new-tokens {sampling.max_new_tokens} cannot be sampled with: the first two are "
-            "0 or more, the last 1 or more. Leave them out for 0.6, 50 and 256."
+            f"--max-new-tokens {sampling.max_new_tokens} cannot be sampled with: the first is 0 or "
+            "0.01 to 100, the second 0 or more, the last 1 or more. Leave them out for 0.6, 50 and "
+            "256."
         )
     return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context // 2))
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from aquarl.config import DataConfig
+from aquarl.errors import ConfigError
 from aquarl.records import LETTERS, Problem
 from aquarl.tasks.base import Splits, deduplicated, question_text, solution_text
 
@@ -28,6 +29,8 @@ GAINS = ("{name} buys {b} more.", "{name} finds {b} more.", "Then {b} are added.
 LOSSES = ("{name} gives away {b}.", "{name} loses {b}.", "Then {b} are sold.")
 FACTORS = ("Then the number grows {b} times.",)
 SHARES = ("They are shared equally by {b} friends; each gets a part.",)
+MOST_REPEATS = 10_000
+"""In a row, of questions that were there already, before there seem to be no others."""
 QUESTIONS = ("How many {things} now?", "How many {things} are there in the end?")
 
 
@@ -106,7 +109,11 @@ def make_problem(rng: random.Random, steps: int, largest: int, place: int) -> Pr
 
 
 def arithmetic_problems(config: DataConfig, seed: int) -> Splits:
-    """Return generated problems; the same configuration and seed give the same ones."""
+    """Return generated problems; the same configuration and seed give the same ones.
+
+    Raises:
+        ConfigError: So simple problems do not come in so many kinds.
+    """
     rng = random.Random(f"arithmetic {seed}")
     wanted = {
         "test": config.held_out_problems,
@@ -117,11 +124,21 @@ def arithmetic_problems(config: DataConfig, seed: int) -> Splits:
     seen: set[str] = set()
     for split, count in wanted.items():
         problems: list[Problem] = []
+        repeats = 0
         while len(problems) < count:
             steps = rng.randint(1, config.difficulty)
             place = len(problems) % len(LETTERS)  # so that no letter is likelier than another
             problem = make_problem(rng, steps, config.largest_number, place)
-            if problem.question not in seen:
+            repeats = repeats + 1 if problem.question in seen else 0
+            if repeats > MOST_REPEATS:
+                raise ConfigError(
+                    f"Problems of at most {config.difficulty} steps with numbers up to "
+                    f"{config.largest_number} come in about {len(seen):,} kinds, but "
+                    f"{sum(wanted.values()):,} are asked for: data.train_problems, and twice "
+                    "data.held_out_problems. Ask for fewer, or raise data.largest_number or "
+                    'data.difficulty (the "easy" ones of data.mid have 1 step).'
+                )
+            if not repeats:
                 seen.add(problem.question)
                 fields = vars(problem) | {"id": f"{split}-{len(problems)}"}
                 problems.append(Problem(**fields))

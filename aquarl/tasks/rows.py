@@ -120,7 +120,9 @@ def _from_conversation(where: str, row: Row, id: str) -> Problem:
     text = f"{opening}{messages[0].content}"
     question, options = split_question(text)
     given = row.get("letters")
-    letters = "".join(map(str, given)) if given else LETTERS[: len(options) or len(LETTERS)]
+    letters = LETTERS[: len(options) or len(LETTERS)]
+    if given:
+        letters = "".join(map(str, given if isinstance(given, list) else [given]))
     if not LETTERS.startswith(letters) or (options and len(options) != len(letters)):
         raise Refused("letters are not those of the options")
     letter = _checked_label(row.get("answer_letter"), letters)
@@ -165,6 +167,8 @@ def messages_of(where: str, messages: Any) -> tuple[Message, ...]:
     """
     try:
         made = tuple(Message(message["role"], message["content"]) for message in messages)
+        if not all(isinstance(message.content, str) for message in made):
+            raise TypeError("content is not text")
     except (TypeError, KeyError) as error:
         raise DataError(
             f"{where}, has messages of another shape. Each has to be "
@@ -173,9 +177,9 @@ def messages_of(where: str, messages: Any) -> tuple[Message, ...]:
     turns = made[1:] if made and made[0].role == "system" else made
     for turn, message in enumerate(turns):
         expected = "user" if turn % 2 == 0 else "assistant"
-        if message.role != expected or not isinstance(message.content, str):
+        if message.role != expected:
             raise DataError(
-                f"{where}: turn {turn + 1} is not a text by {expected!r}, but by "
+                f"{where}: turn {turn + 1} is not by {expected!r}, but by "
                 f"{message.role!r}. Turns go user, assistant, user, ...; mend or drop that row."
             )
     if not turns:
