@@ -114,7 +114,8 @@ def chat(config: Config, args: Arguments) -> None:
 
     words = Tokenizer.load(f"{config.run.dir}/tokenizer")
     model = finished_policy(config.run.dir, args.stage, words.fingerprint)
-    talk(model, words, sampling=Sampling(args.max_new_tokens, args.temperature, args.top_k))
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    talk(model, words, sampling=sampling)
 
 
 def export(config: Config, args: Arguments) -> None:
@@ -288,6 +289,7 @@ EXTRA_ARGUMENTS: dict[str, tuple[tuple[str, dict[str, object]], ...]] = {
     "chat": (
         ("--temperature", {"type": float, "default": 0.6, "help": "0 takes the likeliest token"}),
         ("--top-k", {"type": int, "default": 50, "help": "of the k likeliest; 0: of all"}),
+        ("--top-p", {"type": float, "default": 1.0, "help": "the likeliest, up to this share"}),
         ("--max-new-tokens", {"type": int, "default": 256, "help": "the longest answer"}),
     ),
 }

@@ -284,7 +284,7 @@ class RLConfig(OptimConfig):
             raise ConfigError(
                 "rl.top_k and rl.top_p cut the distribution that is sampled, but the learner "
                 "scores the whole one, so the gradient would be of another policy. "
-                "Leave both out in RL; evaluate.top_k is there for evaluation."
+                "Leave both out in RL; evaluate.top_k and evaluate.top_p are there for evaluation."
             )
         return self
 
@@ -298,6 +298,7 @@ class EvaluateConfig(Section):
     k: tuple[PositiveInt, ...] = Field((1, 4, 8), min_length=1)
     temperature: float = Field(1.0, ge=0.01, le=100)
     top_k: NonNegativeInt = 0
+    top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: PositiveInt = 64
     stages: tuple[Literal["base", "mid", "sft", "rl"], ...] = Field(("sft", "rl"), min_length=1)
     """Whose checkpoints `aquarl evaluate` scores."""

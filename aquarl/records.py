@@ -74,6 +74,8 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     """Keep only the k likeliest tokens; 0 keeps all. For evaluation and chat."""
+    top_p: float = 1.0
+    """Of those, the fewest whose chances add up to this (arXiv:1904.09751 section 3.1)."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ LARGE_LEASE = 32
 STEP = 64
 """Prompts a step, at least; more where many workers would otherwise wait for the learner."""
 H100_GROUPS_PER_S = 1560 * 16 / (30 * 60) / 8
-"""One H100's share of the nanochat run that aquarl began from: 1,560 steps of 16 prompts in 30
+"""One H100's share of a nanochat-style run on AQuA: 1,560 steps of 16 prompts in 30
 minutes on 8 of them. It sampled and learned in turn, so a GPU that only samples does more."""
 H100S, ROOM = 64, 10
 """Workers to be carried, and how many times their pace."""
@@ -265,8 +265,8 @@ def page(found: dict[str, Any]) -> str:
         f"with workers that sleep instead of sampling, a learner that takes steps of at least "
         f"{STEP} prompts, and all of them on the same cores. A group is {GROUP} answers of "
         f"{LENGTH} tokens with their text, {1000 * found['group_mb']:.0f} kB.",
-        f"**Wanted:** {H100S} H100s at {ROOM} times the pace. The nanochat run that aquarl began "
-        "from made 1,560 steps of 16 prompts in 30 minutes on 8 of them, "
+        f"**Wanted:** {H100S} H100s at {ROOM} times the pace. A nanochat-style run on AQuA "
+        "made 1,560 steps of 16 prompts in 30 minutes on 8 of them, "
         f"{H100_GROUPS_PER_S:.2f} groups/s each, so {goal:,.0f} groups/s. It sampled and learned "
         f"in turn; a GPU that only samples is faster, and the factor of {ROOM} covers engines of "
         "up to "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Before Ray or torch are imported; workers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray looks for new logs of workers twice a second, to print them at drivers; no test reads that.
+os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "3600")
 # A shell that starts this in the background has it ignore Ctrl-C, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -209,3 +212,35 @@ def run_rl(tiny: str, run: Path, *settings: str) -> int:
     from aquarl.cli import main
 
     return main(["rl", "--config", tiny, f"run.dir={run}", *settings])
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Google's storage here, for this process and those it starts, with an empty bucket in it.
+
+    The emulator speaks the JSON API over HTTP, from memory, without credentials. It knows nothing
+    of hierarchical buckets, which gcsfs asks about over gRPC, so that question is switched off.
+    """
+    import fsspec
+
+    emulator = pytest.importorskip(
+        "gcp_storage_emulator.server", reason="the dev extra brings gcp-storage-emulator"
+    )
+    from gcsfs.core import GCSFileSystem
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    usual = fsspec.get_filesystem_class("gs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # of encoded text
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        patch.setenv("FSSPEC_GS_TOKEN", "anon")  # read by processes that start from now on
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})  # the same for this one
+        fsspec.register_implementation("gs", GCSFileSystem, clobber=True)
+        GCSFileSystem.clear_instance_cache()
+        with emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="aquarl"):
+            yield "gs://aquarl"
+        GCSFileSystem.clear_instance_cache()
+        fsspec.register_implementation("gs", usual, clobber=True)

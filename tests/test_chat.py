@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 
 from aquarl.errors import ConfigError
+from aquarl.model.drawing import draw_from_any
 from aquarl.model.gpt import GPT, norm
 from aquarl.model.shape import Shape
 from aquarl.records import Conversation, Message, Sampling
-from aquarl.serve.chat import HELP, _show, chat, checked, draw, reply, stream_text
+from aquarl.serve.chat import HELP, _show, chat, checked, reply, stream_text
 from tests.fakes import byte_tokenizer, random_model
 
 TOKENIZER = byte_tokenizer()
@@ -98,12 +99,13 @@ def test_the_same_seed_gives_the_same_reply() -> None:
     assert answer(1) == answer(1) != answer(2)
 
 
-def test_drawing_follows_temperature_and_top_k() -> None:
+def test_drawing_follows_temperature_top_k_and_top_p() -> None:
     logits_BV = torch.tensor([[0.0, 2.0, 1.0, -1.0]]).expand(20_000, -1)
-    generator = torch.Generator().manual_seed(0)
+    uniforms_B = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
 
     def shares(sampling: Sampling) -> torch.Tensor:
-        return torch.bincount(draw(logits_BV, sampling, generator)[:, 0], minlength=4) / 20_000
+        ids_B, _ = draw_from_any(logits_BV, uniforms_B, sampling)
+        return torch.bincount(ids_B, minlength=4) / 20_000
 
     assert shares(Sampling(1, 0.0)).tolist() == [0, 1, 0, 0]
     expected = (logits_BV[0] / 0.5).softmax(0)
@@ -111,6 +113,10 @@ def test_drawing_follows_temperature_and_top_k() -> None:
     two = torch.tensor([0.0, torch.e, 1.0, 0.0]) / (torch.e + 1)
     torch.testing.assert_close(shares(Sampling(1, 1.0, top_k=2)), two, atol=0.02, rtol=0)
     assert shares(Sampling(1, 1.0, top_k=99))[3] > 0
+    # The chances are 0.09, 0.64, 0.24 and 0.03.
+    torch.testing.assert_close(shares(Sampling(1, 1.0, top_p=0.7)), two, atol=0.02, rtol=0)
+    assert shares(Sampling(1, 1.0, top_p=0.6)).tolist() == [0, 1, 0, 0]
+    assert shares(Sampling(1, 1.0, top_k=3, top_p=0.999))[3] == 0
 
 
 def test_text_comes_in_whole_characters_and_steers_no_terminal() -> None:

@@ -1,18 +1,12 @@
-"""A run in Google Cloud Storage is the run of a disk: real gcsfs, an emulator of the service.
-
-The emulator speaks the JSON API over HTTP, from memory, without credentials. It knows nothing of
-hierarchical buckets, which gcsfs asks about over gRPC, so that question is switched off.
-"""
+"""A run in Google Cloud Storage is the run of a disk: real gcsfs, an emulator of the service."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -49,31 +43,6 @@ from tests.fakes import byte_tokenizer, make_group, random_model
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The service on this machine, for this process and those it starts; an empty bucket in it."""
-    emulator = pytest.importorskip(
-        "gcp_storage_emulator.server", reason="the dev extra brings gcp-storage-emulator"
-    )
-    from gcsfs.core import GCSFileSystem
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    usual = fsspec.get_filesystem_class("gs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-        patch.setenv("FSSPEC_GS_TOKEN", "anon")  # read by processes that start from now on
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})  # the same for this one
-        fsspec.register_implementation("gs", GCSFileSystem, clobber=True)
-        GCSFileSystem.clear_instance_cache()
-        with emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="aquarl"):
-            yield "gs://aquarl"
-        GCSFileSystem.clear_instance_cache()
-        fsspec.register_implementation("gs", usual, clobber=True)
 
 
 @pytest.fixture

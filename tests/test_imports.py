@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports only from its own folder or from what stands to its left.
-NOUNS = ("errors", "records", "config", "storage")
+NOUNS = ("errors", "records", "storage", "config")
 PARTS = ("observe", "data", "tasks", "model", "evaluate")
 STAGES = ("train", "rl", "engines", "serve")
 ORDER = (*NOUNS, *PARTS, *STAGES, "bench", "cluster", "cli", "ray_jobs")

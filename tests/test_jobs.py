@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from aquarl.model.checkpoint import latest_checkpoint
+from aquarl.storage import get
 from tests.conftest import PATIENCE_S, eventually, rows
 from tests.planted import SECRETS, holding_a_secret
 from tests.test_own_ray import KEPT
@@ -97,8 +98,8 @@ def processes(text: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    """A head node with 4 CPUs that takes jobs from those who have its token."""
+def head(bucket: str) -> Iterator[Head]:
+    """A head node with 4 CPUs that takes jobs from those who have its token. It has a bucket."""
     folder = Path(tempfile.mkdtemp(prefix="aq", dir="/tmp"))  # short: it holds sockets
     gcs, dashboard = free_port(), free_port()
     (folder / "tmp").mkdir()
@@ -163,13 +164,13 @@ def rollout_workers(head: Head) -> list[int]:
     return mine(head, "ray::RolloutWorker")
 
 
-def test_a_stage_is_submitted_followed_and_done(head: Head, tiny: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_a_stage_is_submitted_followed_and_done(head: Head, tiny: str, bucket: str) -> None:
+    run = f"{bucket}/runs/submitted"
     here = ["--config", tiny, f"run.dir={run}", f"cluster.address={head.dashboard}"]
     done = head.aquarl("submit", "tokenizer", *here)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tokenizer  done in" in done.stdout and "is submitted" in done.stdout
-    assert json.loads((run / "results/tokenizer.json").read_text())["stage"] == "tokenizer"
+    assert json.loads(get(f"{run}/results/tokenizer.json"))["stage"] == "tokenizer"
     mistaken = head.aquarl("submit", "rl", *here)
     assert mistaken.returncode == 2
     assert "rl starts from the result of sft" in mistaken.stdout
@@ -351,7 +352,7 @@ def test_sigterm_ends_a_command_in_order(finished_run: Path, tiny: str, tmp_path
     command = subprocess.Popen(
         [
             *(sys.executable, "-m", "aquarl.cli", "base", "--config", tiny, f"run.dir={run}"),
-            *("base.steps=2000", "base.batch_tokens=256"),
+            *("base.steps=400", "base.batch_tokens=256"),  # more text takes longer to encode
         ],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

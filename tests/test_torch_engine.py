@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from aquarl.engines.drawing import draw, draw_from_any
 from aquarl.engines.torch_engine import TorchSampler
 from aquarl.errors import ConfigError
 from aquarl.model.attention import Continuation, Prefix
+from aquarl.model.drawing import draw, draw_from_any
 from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT, SOFT_CAP
 from aquarl.records import Prompt, Rollout, Sampling, Weights
@@ -51,6 +51,11 @@ def reference(model: GPT, prompt: Prompt, seed: int, sampling: Sampling) -> Roll
             kept = logits.topk(sampling.top_k).indices
             logits = torch.full_like(logits, -torch.inf).scatter(0, kept, logits[kept])
         chances = (logits / (sampling.temperature or 1.0)).softmax(dim=0)
+        if sampling.top_p < 1:
+            falling, order = chances.sort(descending=True)
+            kept = order[: int((falling.cumsum(0) < sampling.top_p).sum()) + 1]
+            chances = torch.zeros_like(chances).scatter(0, kept, chances[kept])
+            chances = chances / chances.sum()
         if sampling.temperature:
             token = int((chances.cumsum(0) > u * chances.sum()).nonzero()[0])
         else:
@@ -74,8 +79,9 @@ def assert_same(rollouts: list[Rollout], expected: list[Rollout]) -> None:
         Sampling(NEW, temperature=0.0),
         Sampling(NEW, temperature=1.0),
         Sampling(NEW, temperature=0.7, top_k=5),
+        Sampling(NEW, temperature=0.7, top_p=0.8),
     ],
-    ids=["greedy", "sampled", "top k"],
+    ids=["greedy", "sampled", "top k", "top p"],
 )
 def test_tokens_are_those_of_a_loop_that_recomputes_everything(sampling: Sampling) -> None:
     model = policy()

@@ -158,12 +158,17 @@ def test_logprobs_are_of_the_distribution_sampled_before_and_after_new_weights(
 
 @vllm
 @FP32
-def test_top_k_leaves_the_likeliest_and_their_logprobs(engine: VllmSampler) -> None:
+@pytest.mark.parametrize("is_share", [False, True])
+def test_top_k_and_top_p_leave_the_likeliest_and_their_logprobs(
+    engine: VllmSampler, is_share: bool
+) -> None:
     model = take(engine, 0)
-    (row,) = engine.sample(prompts()[2:3], [list(range(40))], Sampling(1, temperature=0.5, top_k=2))
     with torch.inference_mode():
         logits_V = model.logits(model(torch.tensor([prompts()[2].ids])))[0, -1] / 0.5
     best = logits_V.topk(2)
+    share = float(logits_V.softmax(0)[best.indices].sum()) - 1e-4
+    only = {"top_p": share} if is_share else {"top_k": 2}
+    (row,) = engine.sample(prompts()[2:3], [list(range(40))], Sampling(1, 0.5, **only))
     expected = dict(zip(best.indices.tolist(), best.values.log_softmax(0).tolist(), strict=True))
     assert {rollout.ids[0] for rollout in row} <= set(expected)
     for rollout in row:

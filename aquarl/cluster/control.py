@@ -42,9 +42,9 @@ def scale(config: Config, workers: int) -> None:
         raise ConfigError(f"A run needs at least 1 rollout worker, not {workers}. Try 1.")
     if workers > MOST_WORKERS:
         raise ConfigError(
-            f"One stream serves {MOST_WORKERS} rollout workers at most, not {workers}: Ray would "
-            "start a process for each. Ask for what the learner can use: `aquarl status` says "
-            "whether it waits."
+            f"{workers} rollout workers were asked for, and more than {MOST_WORKERS} are surely a "
+            "slip: Ray would start a process for each, and one stream feeds far fewer. Ask for "
+            "what the learner can use: `aquarl status` says whether it waits."
         )
     _ask(config, "scale", workers)
 

@@ -21,8 +21,8 @@ import torch
 
 from aquarl.engines import kernels
 from aquarl.engines.decoder import Decoder
-from aquarl.engines.drawing import draw_from_any, is_inverted
 from aquarl.model.attention import Prefix
+from aquarl.model.drawing import draw_from_any, is_inverted
 from aquarl.model.gpt import SOFT_CAP
 from aquarl.model.modes import sent
 from aquarl.records import Sampling

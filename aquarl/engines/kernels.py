@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquarl.engines.drawing import TOKENS_TOGETHER as TOGETHER
+from aquarl.model.drawing import TOKENS_TOGETHER as TOGETHER
 from aquarl.model.gpt import SOFT_CAP
 from aquarl.model.shape import Shape
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from aquarl.engines.decoder import Decoder, Decoding
-from aquarl.engines.drawing import draw
 from aquarl.errors import ConfigError
 from aquarl.model.attention import Prefix
+from aquarl.model.drawing import draw
 from aquarl.model.flat_weights import load_flat
 from aquarl.model.gpt import GPT
 from aquarl.model.modes import has_triton

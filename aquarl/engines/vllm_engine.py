@@ -93,8 +93,8 @@ class VllmSampler:
     ) -> list[list[Rollout]]:
         """See `Sampler.sample`.
 
-        At temperature 0 the likeliest token is taken, `top_k` has no effect, and logprobs are
-        those at temperature 1.
+        At temperature 0 the likeliest token is taken, `top_k` and `top_p` have no effect, and
+        logprobs are those at temperature 1.
 
         Raises:
             ConfigError: A prompt is empty, too long, or not of this vocabulary, or vLLM does not
@@ -110,6 +110,7 @@ class VllmSampler:
                     max_tokens=sampling.max_new_tokens,
                     temperature=sampling.temperature,
                     top_k=min(sampling.top_k, self.shape.vocab),
+                    top_p=sampling.top_p,
                     seed=seed % 2**63,  # vLLM takes -1 for none at all
                     stop_token_ids=stops,
                     ignore_eos=True,  # transformers' default for the architecture: our token 1

@@ -155,7 +155,7 @@ class _Asker:
 
     def sampled(self, problems: Sequence[Problem]) -> dict[str, Any]:
         config, draws = self.config, self.config.samples
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k)
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
         groups = list(self._answers(problems, sampling, count=draws))
         right = [
             sum(answer.letter == problem.answer_letter for answer in group)
@@ -170,6 +170,7 @@ class _Asker:
             "samples": draws,
             "temperature": config.temperature,
             "top_k": config.top_k,
+            "top_p": config.top_p,
             "accuracy": sum(right) / len(flat),
             "low": low,
             "high": high,

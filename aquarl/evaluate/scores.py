@@ -131,7 +131,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def majority_baseline(answers: Sequence[str]) -> float:
     """Return the accuracy of always naming the letter that is right most often; 0 for no answers.
 
-    On AQuA validation this is 69 / 254 = 27.2 %, above both published results of the reference.
+    On AQuA validation this is 69 / 254 = 27.2 %.
     """
     return max(Counter(answers).values(), default=0) / max(1, len(answers))
 

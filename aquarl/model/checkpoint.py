@@ -2,8 +2,8 @@
 
 A folder holds `weights.safetensors`, with training also `training.pt` (optimizer, RNG, data
 position), and last `meta.json`, which lists size and CRC-32 of the others: a folder without a
-`meta.json` that fits is not a checkpoint. It is written aside, read back, and then moved into
-place, so a full disk or a killed process leaves what stood there before as it was.
+`meta.json` that fits is not a checkpoint. It is written aside, the sizes are looked at, and then it
+is moved into place, so a full disk or a killed process leaves what stood there before as it was.
 
 Works on any fsspec path; on a bucket, where nothing can be moved, `meta.json` is the commit.
 """

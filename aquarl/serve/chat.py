@@ -13,11 +13,11 @@ from dataclasses import replace
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import ConfigError
 from aquarl.model.attention import Continuation, Prefix
+from aquarl.model.drawing import draw_from_any
 from aquarl.model.gpt import GPT
 from aquarl.records import Conversation, Message, Sampling
 
@@ -81,12 +81,13 @@ def checked(sampling: Sampling, context: int) -> Sampling:
         ConfigError: A setting is out of range.
     """
     is_warm = sampling.temperature == 0 or 0.01 <= sampling.temperature <= 100
-    if not is_warm or sampling.top_k < 0 or sampling.max_new_tokens < 1:
+    is_some = sampling.top_k >= 0 and 0 < sampling.top_p <= 1
+    if not is_warm or not is_some or sampling.max_new_tokens < 1:
         raise ConfigError(
-            f"--temperature {sampling.temperature:g}, --top-k {sampling.top_k} and "
-            f"--max-new-tokens {sampling.max_new_tokens} cannot be sampled with: the first is 0 or "
-            "0.01 to 100, the second 0 or more, the last 1 or more. Leave them out for 0.6, 50 and "
-            "256."
+            f"--temperature {sampling.temperature:g}, --top-k {sampling.top_k}, --top-p "
+            f"{sampling.top_p:g} and --max-new-tokens {sampling.max_new_tokens} cannot be sampled "
+            "with: the first is 0 or 0.01 to 100, the second 0 or more, the third above 0 and at "
+            "most 1, the last 1 or more. Leave them out for 0.6, 50, 1 and 256."
         )
     return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context // 2))
 
@@ -103,7 +104,7 @@ def reply(
 
     Args:
         prompt_ids: What `Tokenizer.render_prompt` returns; with the answer, at most ten contexts.
-        sampling: Temperature 0 takes the likeliest token; top_k 0 keeps all.
+        sampling: Temperature 0 takes the likeliest token.
         generator: Source of randomness, on the model's device.
     """
     device = model.lm_head.weight.device
@@ -111,23 +112,13 @@ def reply(
     hidden_1TD = model(torch.tensor([prompt_ids], device=device), prefix)
     answer = Continuation(prefix, answers_per_prompt=1, room=sampling.max_new_tokens)
     for _ in range(sampling.max_new_tokens):
-        id_11 = draw(model.logits(hidden_1TD[:, -1]), sampling, generator)
-        if (token := int(id_11)) in (tokenizer.end_of_turn, tokenizer.bos):
+        uniform_1 = torch.rand(1, generator=generator, device=device)
+        id_1, _ = draw_from_any(model.logits(hidden_1TD[:, -1]), uniform_1, sampling)
+        if (token := int(id_1)) in (tokenizer.end_of_turn, tokenizer.bos):
             return
         yield token
-        hidden_1TD = model(id_11, answer, answer.positions_BT(1))
+        hidden_1TD = model(id_1[:, None], answer, answer.positions_BT(1))
         answer.advance(1)
-
-
-def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Return (B, 1) int64 ids drawn from these logits."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1, keepdim=True)
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        least_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
-    probabilities_BV = (logits_BV / sampling.temperature).softmax(dim=-1)
-    return torch.multinomial(probabilities_BV, 1, generator=generator)
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -4,8 +4,8 @@
 `aquarl grade FILE.jsonl` shows it line by line before GPU hours are spent on it.
 
 **The rule.** A letter is committed by the last line of the form `Answer: X`; nothing else counts
-and there is no fallback. (The reference fell back to the first bare letter anywhere, in any case,
-so the article "a" earned the reward of A.) Where a form could be read two ways it does not count:
+and there is no fallback: were the first bare letter anywhere taken, in any case, the article "a"
+would earn the reward of A. Where a form could be read two ways it does not count:
 a policy is told the form by its training data, and whatever is forgiven here gets reinforced.
 
 | counts | because |

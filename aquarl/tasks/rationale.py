@@ -4,7 +4,7 @@ AQuA's rationales mostly end in "Answer: C" or one of a hundred ways to say so. 
 that off, and `base.solution_text` writes the one line that is graded in its place, under whatever
 letter the right option has by then.
 
-Measured on the 12,490 rationales of AQuA-RAT and MathQA that were at hand: 75 % lose such words.
+Measured on the 12,490 rationales of AQuA-RAT and MathQA: 75 % lose such words.
 About 4 % may still name a letter further up ("only option C fits"). Those words are left, since
 cutting them would break sentences; `names_an_option` finds them, so that such a solution is never
 shown under other letters (`base.shuffled_options`).

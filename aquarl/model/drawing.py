@@ -19,7 +19,8 @@ TOKENS_TOGETHER = 32
 
 def is_inverted(sampling: Sampling) -> bool:
     """Whether a token is drawn by inverting the distribution of all tokens as they are."""
-    return not sampling.top_k and sampling.temperature >= COLDEST
+    is_whole = not sampling.top_k and sampling.top_p == 1.0
+    return is_whole and sampling.temperature >= COLDEST
 
 
 def draw(squashed_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -57,12 +58,18 @@ def draw(squashed_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[T
 def draw_from_any(
     logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
-    """As `draw`, from logits (B, V) fp32 of any size, at any temperature, with `top_k`."""
+    """As `draw`, from logits (B, V) fp32 of any size, at any temperature, `top_k`, then `top_p`."""
     if sampling.temperature > 0:
         logits_BV = logits_BV / sampling.temperature
     if sampling.top_k:
         kth_B1 = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1])).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
+    if sampling.top_p < 1.0:
+        falling_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
+        chances_BV = falling_BV.softmax(dim=-1)
+        is_cut_BV = chances_BV.cumsum(dim=-1) - chances_BV >= sampling.top_p
+        is_cut_BV = is_cut_BV.scatter(1, order_BV, is_cut_BV)
+        logits_BV = logits_BV.masked_fill(is_cut_BV, float("-inf"))
     logprobs_BV = logits_BV.log_softmax(dim=-1)
     if sampling.temperature > 0:
         cumulative_BV = logprobs_BV.exp().cumsum(dim=-1)
