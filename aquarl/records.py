@@ -124,7 +124,6 @@ class Rollout:
     letter: str | None = None
     """What the answer committed to, by `tasks.grading.committed_letter`."""
     reward: float = 0.0
-    formatted: bool = False
 
 
 class Glance(NamedTuple):
@@ -148,7 +147,6 @@ class Packed(NamedTuple):
     """float32"""
     versions: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
-    formatted: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,6 @@ class RolloutGroup:
                 np.array([x for r in rollouts for x in r.logprobs], dtype=np.float32).tobytes(),
                 tuple(rollout.versions for rollout in rollouts),
                 tuple(rollout.text for rollout in rollouts),
-                tuple(rollout.formatted for rollout in rollouts),
             )
         return state
 
@@ -234,7 +231,6 @@ def _opened(glance: Glance, packed: Packed) -> tuple[Rollout, ...]:
                 packed.texts[place],
                 glance.letters[place],
                 glance.rewards[place],
-                packed.formatted[place],
             )
         )
     return tuple(rollouts)

@@ -106,7 +106,6 @@ def made_up_group(rng: random.Random) -> RolloutGroup:
             text="".join(rng.choice("abcdefghij ") for _ in range(3 * LENGTH)),
             letter="A",
             reward=float(rng.random() < 0.5),
-            formatted=True,
         )
         for _ in range(GROUP)
     )

@@ -104,14 +104,12 @@ def test_a_megabyte_is_read_in_linear_time(unit: str) -> None:
     assert time.process_time() - start < 2.0  # a quadratic scan takes minutes
 
 
-def test_only_the_right_letter_is_rewarded_and_the_form_is_noted() -> None:
-    assert grade("Answer: C", "C") == Grade(
-        "C", 1.0, "the last answer line says C, which is right", True
-    )
-    wrong = grade("Answer: B", "C")
-    assert (wrong.letter, wrong.reward, wrong.formatted) == ("B", 0.0, True)
-    silent = grade("a car costs C", "C")
-    assert (silent.letter, silent.reward, silent.formatted) == (None, 0.0, False)
+def test_only_the_right_letter_is_rewarded() -> None:
+    right = Grade("C", 1.0, "the last answer line says C, which is right")
+    assert grade("Answer: C", "C") == right
+    wrong, silent = grade("Answer: B", "C"), grade("a car costs C", "C")
+    assert (wrong.letter, wrong.reward) == ("B", 0.0)
+    assert (silent.letter, silent.reward) == (None, 0.0)
 
 
 def test_the_reason_quotes_the_line_that_failed() -> None:

@@ -14,7 +14,13 @@ from tests.fakes import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 PROBLEMS = [
-    Problem(f"p{i}", f"What is {i}?", tuple(f"o{i}{j}" for j in range(5)), "ABCDE"[i % 5])
+    Problem(
+        f"p{i}",
+        f"What is {i}?",
+        tuple(f"o{i}{j}" for j in range(5)),
+        "ABCDE"[i % 5],
+        rationale=f"Only option {'ABCDE'[i % 5]} fits.",
+    )
     for i in range(7)
 ]
 
@@ -30,7 +36,6 @@ def test_every_problem_comes_exactly_once_an_epoch() -> None:
     ]
     assert all(Counter(order) == Counter(p.id for p in PROBLEMS) for order in orders)
     assert len({tuple(order) for order in orders}) == 4, "each epoch has its own order"
-    assert [prompts.epoch(position) for position in (0, 6, 7, 14)] == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("permute_options", [False, True])
@@ -60,7 +65,8 @@ def test_unpermuted_prompts_are_the_problems_as_they_stand() -> None:
 
 
 def test_permuted_options_keep_the_right_one_right() -> None:
-    """And over the epochs the answer of one problem stands under every letter."""
+    """And over the epochs the answer of one problem stands under every letter, though its worked
+    solution, which RL never shows, names one."""
     prompts, letters = source(permute_options=True), set()
     for position in range(7 * 40):
         prompt = prompts.prompt(position)

@@ -31,7 +31,6 @@ def test_the_format_bonus_is_for_the_form_right_or_wrong() -> None:
     config = RLConfig(format_bonus=0.25)
     scored = [score(rollout(text), PROMPT, TOKENIZER, config) for text in ANSWERS]
     assert [s.reward for s in scored] == [1.25, 0.25, 0.0, 0.25, 0.0]
-    assert [s.formatted for s in scored] == [True, True, False, True, False]
 
 
 def test_only_the_letters_of_the_prompt_count() -> None:

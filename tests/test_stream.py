@@ -585,7 +585,7 @@ def test_the_stream_passes_groups_on_as_they_came_and_the_learner_finds_all_in_t
         for group in finished(lease):
             told = (
                 replace(group.rollouts[0], text="Answer: A", letter="A", versions=(0,)),
-                replace(group.rollouts[1], logprobs=(-0.5, -1e-8), stopped=False, formatted=True),
+                replace(group.rollouts[1], logprobs=(-0.5, -1e-8), stopped=False),
             )
             group = sent[lease.id, group.index] = replace(group, rollouts=told)
             assert stream.submit(pickle.loads(pickle.dumps(group)))

@@ -129,14 +129,18 @@ def evaluation_summary(split: str, stages: dict[str, dict[str, Any]]) -> dict[st
 
 
 def accuracies(summary: dict[str, Any]) -> Metrics:
-    """Return the accuracies of an `evaluation_summary` by name: "rl/greedy", "rl/pass@8", ..."""
+    """Return the accuracies of an `evaluation_summary` by name: "rl/greedy", "rl/pass@8", ...,
+    each with the ends of its interval, and for each stage n and the majority baseline."""
     found: Metrics = {}
     for stage, result in summary["stages"].items():
         ways = {
             way: result[way] for way in ("greedy", "letter_logit", "permutation") if way in result
         }
         ways |= {f"pass@{k}": passed for k, passed in result["sampled"]["pass_at_k"].items()}
-        found |= {f"{stage}/{way}": measured["accuracy"] for way, measured in ways.items()}
+        for way, measured in ways.items():
+            found[f"{stage}/{way}"] = measured["accuracy"]
+            found |= {f"{stage}/{way}/{end}": measured[end] for end in ("low", "high")}
+        found |= {f"{stage}/{name}": result["greedy"][name] for name in ("n", "majority_baseline")}
     return found
 
 

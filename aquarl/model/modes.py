@@ -1,6 +1,5 @@
-"""How a forward pass is run: its precision, and when DDP exchanges gradients.
-
-`train.loop` and `rl.learner` wrap each microbatch in these.
+"""How a policy is run on the machine at hand: in which precision, compiled or not, with our own
+kernels or without, when DDP exchanges gradients, and what becomes of freed memory.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import DataError
@@ -39,6 +39,7 @@ class PromptSource:
         epoch, place = divmod(position, len(self.problems))
         problem = self.problems[self._epoch_order(epoch)[place]]
         if self.permute_options:
+            problem = replace(problem, rationale="")  # nobody sees which letters that names
             problem = shuffled_options(problem, random.Random(f"options {self.seed} {position}"))
         return to_prompt(problem, self.tokenizer)
 
@@ -46,9 +47,6 @@ class PromptSource:
         """Return a seed for each rollout of the prompt at a position."""
         rng = random.Random(f"rollouts {self.seed} {position}")
         return tuple(rng.getrandbits(62) for _ in range(rollouts))
-
-    def epoch(self, position: int) -> int:
-        return position // len(self.problems)
 
     def _epoch_order(self, epoch: int) -> list[int]:
         if self._order is None or self._order[0] != epoch:

@@ -1,7 +1,7 @@
 """Rollouts of a lease in, scored groups with advantages out.
 
 The reward is 1 for the right letter on the answer line, else 0 (`tasks.grading` holds the rule),
-plus `rl.format_bonus` for a line of the right form, which is off by default and logged apart.
+plus `rl.format_bonus` for a line of the right form: 0 by default, and not in `reward/accuracy`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,8 @@ def score(rollout: Rollout, prompt: Prompt, tokenizer: Tokenizer, config: RLConf
     """Return the rollout with its text, letter and reward."""
     text = tokenizer.decode_answer(rollout.ids)
     judged = grade(text, prompt.answer_letter, prompt.letters)
-    bonus = config.format_bonus if judged.formatted else 0.0
-    return replace(
-        rollout,
-        text=text,
-        letter=judged.letter,
-        reward=judged.reward + bonus,
-        formatted=judged.formatted,
-    )
+    bonus = config.format_bonus if judged.letter is not None else 0.0
+    return replace(rollout, text=text, letter=judged.letter, reward=judged.reward + bonus)
 
 
 def scored_groups(

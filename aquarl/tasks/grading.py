@@ -48,8 +48,6 @@ class Grade:
     reward: float
     """1.0 for the right letter, else 0.0."""
     why: str
-    formatted: bool
-    """Whether a line of the right form stands in it, whatever its letter."""
 
 
 def committed_letter(text: str, letters: str = LETTERS) -> str | None:
@@ -73,11 +71,11 @@ def grade(completion: str, correct: str, letters: str = LETTERS) -> Grade:
         raise ValueError(f"correct must be one of {letters}, got {correct!r}")
     letter = committed_letter(completion, letters)
     if letter is None:
-        return Grade(None, 0.0, _why_none(completion, letters), False)
+        return Grade(None, 0.0, _why_none(completion, letters))
     if letter == correct:
-        return Grade(letter, 1.0, f"the last answer line says {letter}, which is right", True)
+        return Grade(letter, 1.0, f"the last answer line says {letter}, which is right")
     why = f"the last answer line says {letter}, but {correct} is right"
-    return Grade(letter, 0.0, why, True)
+    return Grade(letter, 0.0, why)
 
 
 def grade_file(path: str) -> Iterator[Grade]:

@@ -1,6 +1,6 @@
 """The one supervised loop: rows in, a trained policy and its checkpoints out.
 
-`base.py`, `mid.py` and `sft.py` say what the rows are; `cluster/learner_group.py` runs this on
+`base.py`, `mid.py` and `sft.py` say what the rows are; `cluster/stages.py` runs this on
 any number of Ray Train workers. A step is the same step however many share it: each rank takes its
 slice of the rows, and the loss is divided by the trained tokens of all of them.
 """
