@@ -40,7 +40,7 @@ from aquarl.observe.machine import cpu_model
 from aquarl.records import Lease, Rollout, RolloutGroup, Weights
 
 GROUP, LENGTH, LEASE = 16, 256, 8
-"""Answers a prompt, tokens an answer (its limit), prompts a lease: as in `ray_jobs/d8.toml`."""
+"""Answers a prompt, tokens an answer (its limit), prompts a lease: as in `ray_jobs/d20.toml`."""
 LARGE_LEASE = 32
 STEP = 64
 """Prompts a step, at least; more where many workers would otherwise wait for the learner."""
