@@ -53,10 +53,11 @@ python:
 demo: setup ## tokenizer to report at laptop size, on generated problems
 	$(BIN)/aquarl demo
 
-# One thread: tests are small, and threads that wait for a busy core make them ten times slower.
+# Two at a time, for half of their time tests wait for Ray. Of one thread each: threads that wait for
+# a busy core make small tests ten times slower.
 .PHONY: test
 test: setup ## every test, the slow ones included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: test-gpu
 test-gpu: setup ## the tests that need a CUDA device

@@ -33,6 +33,7 @@ from tests.conftest import eventually
 from tests.planted import MARK, SECRETS, holding_a_secret
 
 pytestmark = pytest.mark.slow
+SHM = "/dev/shm/"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -48,6 +49,8 @@ class Watched:
     """(process, address) to port."""
     told: set[str] = field(default_factory=set)
     """Log files of Ray with a secret in them."""
+    shared: set[Path] = field(default_factory=set)
+    """Shared memory that its processes had, by its name in /dev/shm."""
 
 
 def watched(run: Path, *argv: str, until: Any = None) -> Watched:
@@ -90,6 +93,11 @@ def look_at(pid: int, seen: Watched) -> None:
                 with suppress(Error):  # it may end while we look
                     name = family[socket.pid].name()
                     seen.listening[name, socket.laddr.ip] = socket.laddr.port
+        for each in family:
+            with suppress(OSError):
+                lines = Path(f"/proc/{each}/maps").read_text().splitlines()
+                names = [line.split(maxsplit=5)[5] for line in lines if SHM in line]
+                seen.shared |= {Path(name.removesuffix(" (deleted)")) for name in names}
     seen.told |= holding_a_secret(seen.temporary)
 
 
@@ -116,17 +124,10 @@ def finished(
     """RL with two learners, evaluation and report, from a finished SFT stage."""
     run = tmp_path_factory.mktemp("own") / "run"
     copy_up_to_sft(finished_run, run)
-    before = shared_memory()
     seen = watched(run, "pipeline", "--config", tiny, "cluster.learners=2")
     assert seen.status == 0, seen.said.decode()
-    eventually(lambda: not shared_memory() - before)
     yield seen
     shutil.rmtree(seen.temporary)
-
-
-def shared_memory() -> set[str]:
-    folder = Path("/dev/shm")
-    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
 
 def test_nothing_listens_beyond_loopback(finished: Watched) -> None:
@@ -153,6 +154,7 @@ def test_no_secret_is_said_or_written(finished: Watched) -> None:
 
 def test_a_finished_command_leaves_its_run_directory_and_nothing_else(finished: Watched) -> None:
     eventually(lambda: not processes_of(finished.temporary))
+    assert finished.shared and not [entry for entry in finished.shared if entry.exists()]
     assert not left_in(finished.temporary)
     assert not (finished.run / "ray_train").exists()
     assert not [f for f in finished.run.rglob("*") if f.name.endswith((".writing", ".replaced"))]
@@ -163,7 +165,6 @@ def test_a_command_that_ends_early_leaves_nothing_either(
     ending: str, after_sft: Path, tiny: str
 ) -> None:
     """But for Ray's logs, where it failed."""
-    before = shared_memory()
     is_failing = ending == "failure"
     seen = watched(
         after_sft, "rl", "--config", tiny, "rl.steps=2000",
@@ -173,7 +174,7 @@ def test_a_command_that_ends_early_leaves_nothing_either(
     assert seen.status == (2 if is_failing else 130), seen.said.decode()
     assert b"Traceback" not in seen.said
     eventually(lambda: not processes_of(seen.temporary))
-    eventually(lambda: not shared_memory() - before)
+    assert not [entry for entry in seen.shared if entry.exists()]
     left = [f for f in left_in(seen.temporary) if not re.match(r"ray/session_[^/]*/logs/", f)]
     assert not left
     assert bool(left_in(seen.temporary)) == is_failing

@@ -326,7 +326,7 @@ def test_the_cpu_build_is_not_asked_for_a_gpu() -> None:
 
 
 @vllm
-@pytest.mark.parametrize("setting", ["rl.temperature=3", "evaluate.temperature=0.005"])
+@pytest.mark.parametrize("setting", ["rl.temperature=3", "evaluate.temperature=3"])
 def test_a_temperature_that_vllm_does_not_sample_at_ends_the_command_at_once(
     setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
