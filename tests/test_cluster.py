@@ -54,6 +54,12 @@ def test_workers_of_two_kinds_give_the_same(
     kinds = "cluster.rollout_kinds=[{cpus = 0.5}, {cpus = 0.25}]"
     assert run_rl(tiny, after_sft, "rl.rollout_workers=2", kinds) == 0
     assert_same(weights(after_sft), in_process[0])
+    told = ("reward/mean", "validation/accuracy", "validation/length_mean")
+    curves = [
+        [row[name] for row in logged for name in told if name in row]
+        for logged in (rows(after_sft / "metrics.jsonl"), in_process[1])
+    ]
+    assert len(curves[0]) == 6 + 3 * 2 and curves[0] == curves[1], "validation's too"
 
 
 @pytest.mark.parametrize(
