@@ -53,11 +53,10 @@ python:
 demo: setup ## tokenizer to report at laptop size, on generated problems
 	$(BIN)/aquarl demo
 
-# Two at a time, for half of their time tests wait for Ray. Of one thread each: threads that wait for
-# a busy core make small tests ten times slower.
+# One thread: tests are small, and threads that wait for a busy core make them ten times slower.
 .PHONY: test
 test: setup ## every test, the slow ones included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: test-gpu
 test-gpu: setup ## the tests that need a CUDA device
