@@ -190,6 +190,7 @@ def test_two_learners_equal_one_up_to_rounding(
     """RL and, with the SFT stage removed as well, a supervised stage, in one group of two."""
     shutil.rmtree(after_sft / "checkpoints/sft")
     (after_sft / "results/sft.json").unlink()
+    shutil.copytree(finished_run / "checkpoints/mid", after_sft / "checkpoints/mid")
     run_stages(load_config(tiny, ["cluster.learners=2", f"run.dir={after_sft}"]), ("sft", "rl"))
     alone = weights(finished_run, "sft")
     for name, value in weights(after_sft, "sft").items():

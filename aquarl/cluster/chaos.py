@@ -334,9 +334,8 @@ def compared(config: Config, root: Path, disturbed: str) -> dict[str, Any]:
 def ledger_of(run_dir: str) -> list[dict[str, Any]]:
     """Return what was trained, without who sampled it, when, and under which lease number."""
     rows = map(json.loads, (Path(run_dir) / "ledger.jsonl").read_text().splitlines())
-    return [
-        {k: v for k, v in row.items() if k not in ("worker", "lease", "sampled")} for row in rows
-    ]
+    other = ("worker", "lease", "sampled", "fetch_s")
+    return [{k: v for k, v in row.items() if k not in other} for row in rows]
 
 
 def each_once_an_epoch(trained: Sequence[str], problems: int) -> bool:
