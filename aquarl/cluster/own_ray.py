@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants
 
@@ -58,20 +57,9 @@ def alone() -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
-        _end_what_is_left(folder)
         shutil.rmtree(folder, ignore_errors=True)
         for session in set(sessions.glob(mine)) - older:
             _clear(session, keeps)
-
-
-def _end_what_is_left(temporary: str) -> None:
-    """End those of Ray's processes that outlive it: its agents tell its head, which is no more,
-    that its raylet is no more, and wait half a minute for an answer."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            is_rays = process.cmdline()[:1] and process.cmdline()[0].startswith("ray::")
-            if is_rays and process.environ().get("TMPDIR") == temporary:
-                process.kill()
 
 
 def _clear(folder: Path, keeps: set[str]) -> None:
