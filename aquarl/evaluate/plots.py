@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 Rows = dict[str, list[dict[str, Any]]]
 """Metrics by stage, as `observe.metrics.read_metrics` gives them."""
@@ -76,7 +76,11 @@ def curves_plot(metrics: Rows, names: Sequence[str], what: str) -> bytes | None:
                 colour = INK if len(names) > 1 else COLOURS.get(stage, INK)
                 panel.plot(steps, values, "o-", color=colour, ms=4, lw=1.2, label=label)
         _dress(panel, stage, "step", what if panel is panels[0] else "")
-        panel.set_ylim(bottom=0)
+        panel.set_yscale("log")  # a stage that starts where another ended is a flat line otherwise
+        panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.tick_params(which="minor", colors=INK, labelsize=8)
         if len(names) > 1:
             panel.legend(frameon=False, fontsize=8)
     return _png(figure)
@@ -289,7 +293,7 @@ def _dress(panel: Axes, title: str, x: str, y: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color(FAINT)
     panel.tick_params(colors=INK, labelsize=8)
-    panel.grid(axis="y", color="#E6E6E6", lw=0.8)
+    panel.grid(axis="y", which="both", color="#E6E6E6", lw=0.8)
     panel.set_axisbelow(True)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
