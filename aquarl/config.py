@@ -9,6 +9,7 @@ nearest name that exists.
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import math
 import os
@@ -56,7 +57,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
-    dir: str = "runs/demo"
+    dir: str = Field("runs/demo", min_length=1)
     """Run directory: local, or `gs://...`, `s3://...`."""
     seed: int = 0
 
@@ -407,6 +408,10 @@ def load_config(file_or_preset: str | None = None, overrides: Sequence[str] = ()
         ConfigError: The file is missing or not TOML, or a key or value cannot stand.
     """
     tree = read_toml(file_or_preset) if file_or_preset else {}
+    try:
+        _refuse_unknown(tree, Config, "")
+    except ConfigError as error:
+        raise ConfigError(f"in {file_or_preset}, {error}") from error
     for override in overrides:
         key, value = read_override(override)
         _set(tree, key.split("."), value, key)
@@ -450,7 +455,8 @@ def _shown(value: Any) -> str:
 def with_absolute_paths(config: Config) -> Config:
     """Return the configuration with local paths made absolute: workers have folders of their own.
 
-    A name in `data.task` or `data.corpus` is a path only where such a file stands here.
+    A name in `data.task` or `data.corpus` is a path where such a file stands here; without
+    `data.root` also a pattern that matches here, or a folder if it is written with a "/".
 
     Raises:
         ConfigError: We are in a Ray job, whose folder is deleted after it, and a path is relative.
@@ -467,7 +473,8 @@ def with_absolute_paths(config: Config) -> Config:
         return os.path.abspath(path)
 
     def absolute_if_there(name: str) -> str:
-        is_here = config.data.root is None and "/" in name and _exists(name)
+        is_pattern = config.data.root is None and ("/" in name or glob.has_magic(name))
+        is_here = is_pattern and glob.glob(os.path.expanduser(name), recursive=True)
         return absolute(name) if is_here or os.path.isfile(name) else name
 
     run = config.run.model_copy(update={"dir": absolute(config.run.dir)})

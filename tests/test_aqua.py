@@ -263,6 +263,7 @@ def test_a_conversation_whose_options_cannot_be_told_apart_keeps_its_text() -> N
     assert permuted(problem, (1, 0)) == problem
     assert as_row(to_conversation(problem))["messages"] == messages
     assert split_question("Only options\nA)1\nC)2") == ("Only options\nA)1\nC)2", ())
+    assert split_question("How many?\nA)1\nB)2\n") == ("How many?", ("1", "2"))
 
 
 def test_conversations_of_another_kind_are_refused_or_named() -> None:

@@ -17,6 +17,8 @@ import pytest
 from aquarl.cli import main
 from aquarl.cluster.control import settings
 from aquarl.config import load_config, to_toml
+from aquarl.errors import DataError
+from aquarl.observe.ledger import Ledger
 from aquarl.storage import put
 
 GOOD = {"question": "What is 1 + 1?", "options": ["1", "2", "3"], "correct": "B", "rationale": "2"}
@@ -303,6 +305,8 @@ def test_a_damaged_ledger_is_named(refused: Refuse, finished_run: Path, tmp_path
         ledger.write("{\n")
     said = refused("report", f"run.dir={run}")
     assert "Line 49 of" in said and "ledger.jsonl is damaged" in said
+    with pytest.raises(DataError, match=r"ledger\.jsonl is damaged"):  # on going on with RL
+        Ledger(str(run), 3)
 
 
 @pytest.fixture

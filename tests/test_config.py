@@ -232,12 +232,24 @@ def test_local_paths_are_absolute_before_a_worker_sees_them(
     assert whole.run.dir == str(tmp_path / "runs/x")
     assert whole.data.root == str(tmp_path / "data")
     assert whole.data.task == str(tmp_path / "mine.jsonl")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("a")
+    corpus = 'data.corpus=["texts/*.txt", "texts/", "none/*.txt", "arithmetic"]'
+    assert with_absolute_paths(load_config(None, [corpus])).data.corpus == (
+        *(f"{tmp_path}/texts/*.txt", f"{tmp_path}/texts"),
+        *("none/*.txt", "arithmetic"),
+    )
     far = with_absolute_paths(load_config(None, ["run.dir=gs://bucket/x", "data.task=aqua"]))
     assert (far.run.dir, far.data.task, far.data.corpus) == (
         "gs://bucket/x",
         "aqua",
         ("arithmetic",),
     )
+
+
+def test_an_empty_run_directory_is_not_the_folder_we_are_in() -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir"):
+        load_config(None, ["run.dir="])
 
 
 def test_a_relative_run_directory_is_refused_inside_a_job(

@@ -71,7 +71,8 @@ def stands(config: Config, stage: str) -> bool:
     path = f"{config.run.dir}/results/{stage}.json"
     folder = f"{config.run.dir}/checkpoints/{stage}"
     if (recorded := _get_record(path)) is not None:
-        _require_same(config, stage, recorded["settings"], "a finished", f"{path} and {folder}")
+        made = tokenizer_folder(config) if stage == "tokenizer" else folder
+        _require_same(config, stage, recorded["settings"], "a finished", f"{path} and {made}")
         return True
     fs, where = fsspec.url_to_fs(folder)
     if fs.isdir(where):

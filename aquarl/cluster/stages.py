@@ -250,7 +250,7 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         frontier, trained_tokens = int(facts["frontier"]), int(facts["trained_tokens"])
 
     stream = RayStream(config, post.stream, post.deadline)
-    ledger = Ledger(config.run.dir, learner.step)
+    ledger = member.each(lambda: Ledger(config.run.dir, learner.step))
 
     def begin() -> None:
         stream.begin(model.shape)

@@ -10,7 +10,7 @@ always tells of the policy that is.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from aquarl.errors import DataError
@@ -25,12 +25,16 @@ class Ledger:
     """
 
     def __init__(self, run_dir: str, step: int) -> None:
-        """Open the ledger of a run that stands at this step, taking back what came after it."""
+        """Open the ledger of a run that stands at this step, taking back what came after it.
+
+        Raises: DataError, when a line is damaged; StorageError, where nobody can tell.
+        """
         self._path = f"{run_dir}/ledger.jsonl"
         self._lines: list[str] = []
         """Of the steps since the last checkpoint."""
-        before = [x for x in self._written().splitlines(True) if json.loads(x)["step"] < step]
-        self._bytes = sum(map(len, before))
+        lines = self._written().splitlines(True)
+        rows = zip(lines, _rows(lines, self._path), strict=True)
+        self._bytes = sum(len(line) for line, row in rows if row["step"] < step)
         """How much of the file stands; steps are in order, so what does not is its end."""
 
     def _written(self) -> bytes:
@@ -86,17 +90,18 @@ def read_ledger(run_dir: str) -> list[dict[str, Any]]:
     Raises: DataError, when a line is damaged; StorageError, where nobody can tell.
     """
     place = f"{run_dir.rstrip('/')}/ledger.jsonl"
-    rows: list[dict[str, Any]] = []
     try:
-        lines = get(place).splitlines()
+        return list(_rows(get(place).splitlines(), place))
     except FileNotFoundError:
-        return rows
+        return []
+
+
+def _rows(lines: Sequence[bytes], place: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            yield json.loads(line)
         except ValueError as error:
             raise DataError(
                 f"Line {number} of {place} is damaged ({error}), so it cannot be told what was "
                 "trained. Move that file away to do without it."
             ) from error
-    return rows

@@ -259,7 +259,10 @@ Add `sanitize_control_tokens=True` to `apply_chat_template` where strangers writ
 def _figures_table(figures: dict[str, Any]) -> str:
     rows = [f"| {name} | {value} |" for name, value in _flat(figures, "")]
     if not rows:
-        return "Nothing was measured before this export; run `aquarl evaluate`, then export again."
+        return (
+            "Nothing was measured before this export; run `aquarl evaluate` and `aquarl report`, "
+            "then export again."
+        )
     return "\n".join(["| figure | value |", "|---|---|", *rows])
 
 

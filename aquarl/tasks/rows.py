@@ -147,7 +147,7 @@ def split_question(text: str) -> tuple[str, tuple[str, ...]]:
         The text itself and `()` where its last lines are not two to five options lettered in
         order from "A)" on.
     """
-    lines = text.split("\n")
+    lines = text.rstrip().split("\n")
     for count in range(len(LETTERS), 1, -1):
         tail = lines[-count:]
         is_lettered = len(lines) > count and all(
