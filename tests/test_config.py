@@ -189,7 +189,7 @@ def test_a_file_is_checked_like_the_command_line(tmp_path: Path, text: str, word
     file.write_text(text)
     with pytest.raises(ConfigError) as refused:
         load_config(str(file))
-    assert words in str(refused.value)
+    assert words in str(refused.value) and str(file) in str(refused.value)
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
