@@ -219,6 +219,22 @@ def test_rows_that_the_mixture_cannot_use_are_counted(root: Path) -> None:
     assert refused == {"label not among the options": 2}
 
 
+def test_no_source_of_the_mixture_trains_on_what_the_task_holds_out(root: Path) -> None:
+    splits = {"train": range(5), "validation": range(5, 8), "test": (8, 9, 10, 10)}
+    for split, numbers in splits.items():
+        asked = [{"question": f"Sum {n}?", "options": FOUR, "correct": "A"} for n in numbers]
+        write(root / f"mine/{split}.jsonl", asked)
+    config = config_of(root, task="mine/", mid={"gsm8k": 1.0, "task": 1.0})
+    refused: Counter[str] = Counter()
+    trained = mixture(config, 0, "train", refused)
+    sums = {c.messages[0].content for c in trained if c.source == "gsm8k"}
+    assert {f"sum {n}" for n in range(5)} & sums
+    assert not {f"sum {n}" for n in range(5, 11)} & sums
+    elsewhere = {c.messages[0].content for c in mixture(config, 0, "validation")}
+    held_out = sum(f"sum {n}" not in elsewhere for n in range(5, 11))
+    assert refused["question that the task holds out"] == held_out > 0
+
+
 def test_the_mixture_permutes_the_options_of_train_problems_only() -> None:
     def first_options(split: str, permutes: bool) -> set[str]:
         config = config_of(permute_options=permutes, mid={"task": 1.0})

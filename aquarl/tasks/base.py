@@ -9,10 +9,13 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.records import Conversation, Message, Problem, Prompt
 from aquarl.tasks.rationale import names_an_option
+
+Item = TypeVar("Item", Problem, Conversation, Problem | Conversation)
 
 
 @dataclass(frozen=True)
@@ -108,16 +111,23 @@ NO_MATTER = re.compile(r"[^\w+*/^=<>÷×%√.-]|_|(?<=[^\W\d])\.|\.(?!\d)|-(?![\
 """In a question, for telling it from others."""
 
 
-def question_key(problem: Problem) -> str:
+def question_key(item: Problem | Conversation) -> str:
     """Return what makes two problems the same: the question's letters, digits, and what stands
-    between numbers (12 * 3 is not 12 / 3, nor 1.5 x 2 what 15 x 2 is)."""
-    return NO_MATTER.sub("", problem.question.lower())
+    between numbers (12 * 3 is not 12 / 3, nor 1.5 x 2 what 15 x 2 is).
+
+    The question of a conversation is what its user says first.
+    """
+    if isinstance(item, Problem):
+        question = item.question
+    else:
+        question = next((m.content for m in item.messages if m.role == "user"), "")
+    return NO_MATTER.sub("", question.lower())
 
 
-def apart_from(held_out: Iterable[Problem], problems: Iterable[Problem]) -> list[Problem]:
-    """Return the problems whose question is none of those held out."""
+def apart_from(held_out: Iterable[Problem], items: Iterable[Item]) -> list[Item]:
+    """Return the problems, or conversations, whose question is none of those held out."""
     keys = {question_key(problem) for problem in held_out}
-    return [problem for problem in problems if question_key(problem) not in keys]
+    return [item for item in items if question_key(item) not in keys]
 
 
 def deduplicated(splits: Splits) -> Splits:

@@ -109,6 +109,8 @@ def mixture(
         DataError: A source is unknown or unusable, or the mixture is empty.
     """
     mixed: list[Conversation] = []
+    foreign = {name for name, passes in config.mid.items() if passes} - {"task", "easy"}
+    held_out = _held_out(config, seed) if foreign and split == "train" else ()
     for name, passes in config.mid.items():
         if passes == 0:
             if name not in MID_SOURCES:
@@ -116,6 +118,10 @@ def mixture(
             continue
         rng = random.Random(f"mid {seed} {name}")
         loaded = _source(name, config, seed, split, refused)
+        if name in foreign and split == "train":
+            loaded, before = apart_from(held_out, loaded), len(loaded)
+            if refused is not None and len(loaded) < before:
+                refused["question that the task holds out"] += before - len(loaded)
         permutes = config.permute_options and name == "task" and split == "train"
         for item in repeated(loaded, passes, rng) if split == "train" else loaded:
             if permutes and isinstance(item, Problem):
