@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +98,12 @@ def learner_stages(post: Post, stages: tuple[str, ...], since: float) -> None:
     """
     tokenizer = post.member.each(lambda: Tokenizer.load(tokenizer_folder(post.config)))
     for stage, following in zip(stages, (*stages[1:], ""), strict=True):
-        if not stands(post.config, stage):
+        if not post.member.each(partial(stands, post.config, stage)):
             if stage == "rl":
                 _rl_stage(post, tokenizer, since)
             else:
                 _supervised_stage(post, stage, tokenizer, since, then_rl=following == "rl")
-        since = finished_at(post.config, stage)
+        since = post.member.each(partial(finished_at, post.config, stage))
 
 
 def _supervised_stage(
@@ -246,7 +246,7 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
     )
     frontier = trained_tokens = 0
     if newest := member.each(lambda: _resume(config, "rl", tokenizer, model, learner)):
-        facts = read_meta(newest)["facts"]
+        facts = member.each(lambda: read_meta(newest))["facts"]
         frontier, trained_tokens = int(facts["frontier"]), int(facts["trained_tokens"])
 
     stream = RayStream(config, post.stream, post.deadline)
