@@ -38,7 +38,7 @@ def write_measured_report(run_dir: Path) -> None:
     sampler = ScriptedSampler(TOKENIZER, lambda prompt, seed, sampling: "Answer: B")
     config = EvaluateConfig(permutations=False)
     result = evaluate_policy(PROBLEMS, TOKENIZER, sampler, config, seed=0)
-    (run_dir / "results").mkdir()
+    (run_dir / "results").mkdir(exist_ok=True)
     summary = json.dumps(evaluation_summary("test", {"sft": result}))
     (run_dir / "results" / "evaluate.json").write_text(summary)
     write_report(str(run_dir))
@@ -151,6 +151,19 @@ def test_the_model_card_says_when_nothing_was_measured(run: str, tmp_path: Path)
     save_checkpoint(folder, model, stage="base", step=1, tokenizer_fingerprint=fingerprint)
     export(finished_checkpoint(f"{tmp_path}/run", "base"), str(tmp_path / "out"))
     assert "Nothing was measured" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_model_card_shows_nothing_that_was_measured_of_another_policy(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", random_model(TOKENIZER.vocab_size, context=64, std=0.3))
+    Path(run, "results").mkdir()
+    for made, is_told in ((5.0, True), (6.0, False)):
+        result = json.dumps({"finished": made, "settings": {}, "steps": 12})
+        Path(run, "results/sft.json").write_text(result)
+        if is_told:
+            write_measured_report(Path(run))
+        out = tmp_path / f"out-{made}"
+        export(finished_checkpoint(run, "sft"), str(out))
+        assert ("Nothing was measured" in (out / "README.md").read_text()) != is_told
 
 
 def test_a_damaged_report_is_named(tmp_path: Path) -> None:

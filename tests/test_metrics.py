@@ -28,7 +28,7 @@ from aquarl.observe.metrics import (
     read_metrics,
     wandb_mode,
 )
-from aquarl.observe.transcripts import write_transcripts
+from aquarl.observe.transcripts import forget_transcripts, write_transcripts
 from aquarl.records import Prompt, Rollout, RolloutGroup
 from tests.fakes import byte_tokenizer
 
@@ -55,13 +55,26 @@ def test_a_resumed_stage_replaces_the_steps_it_does_again(tmp_path: Path) -> Non
     first = JsonlSink(str(tmp_path))
     for step in (1, 2, 3):
         first.log("rl", step, {"reward/mean": 0.1 * step})
+    first.log("sft", 3, {"loss/train": 1.0})
     resumed = JsonlSink(str(tmp_path))
-    resumed.log("rl", 3, {"reward/mean": 0.9})
-    resumed.log("rl", 3, {"validation/accuracy": 0.5})
-    resumed.log("rl", 4, {"reward/mean": 0.4})
-    rows = read_metrics(str(tmp_path))["rl"]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert (rows[2]["reward/mean"], rows[2]["validation/accuracy"]) == (0.9, 0.5)
+    resumed.begin("rl", 2)
+    resumed.log("rl", 2, {"reward/mean": 0.9})
+    resumed.log("rl", 2, {"validation/accuracy": 0.5})
+    assert steps(str(tmp_path), "rl") == [1, 2] and steps(str(tmp_path), "sft") == [3]
+    (_, row) = read_metrics(str(tmp_path))["rl"]
+    assert (row["reward/mean"], row["validation/accuracy"]) == (0.9, 0.5)
+
+
+def test_of_a_stage_that_is_made_again_nothing_old_is_left(tmp_path: Path) -> None:
+    for steps_of_stage in (5, 2):
+        sink = JsonlSink(str(tmp_path))
+        sink.begin("sft", 0)
+        for step in range(steps_of_stage):
+            sink.log("sft", step, {f"of {steps_of_stage}": step})
+    rows = read_metrics(str(tmp_path))["sft"]
+    assert [row.keys() - {"stage", "time"} for row in rows] == [{"step", "of 2"}] * 2
+    sink.begin("sft", 0)
+    assert read_metrics(str(tmp_path)) == {}
 
 
 def test_half_a_line_of_a_killed_process_costs_only_itself(tmp_path: Path) -> None:
@@ -108,6 +121,9 @@ def test_a_run_that_logged_nothing_has_no_metrics(tmp_path: Path) -> None:
 
 
 class BrokenSink:
+    def begin(self, stage: str, step: int) -> None:
+        raise ConnectionError("the service is away")
+
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         raise ConnectionError("the service is away")
 
@@ -251,9 +267,21 @@ def test_wandb_keeps_one_run_a_stage_and_a_resumed_stage_its_id(
     assert settings["sft"] == config.model_dump(mode="json")["sft"]
 
     resumed = WandbSink(config)
+    resumed.begin("sft", 2)
     resumed.log("sft", 2, {"loss/train": 1.25})
     resumed.close()
     assert json.loads((tmp_path / "night/wandb.json").read_text()) == ids
+
+    anew = WandbSink(config)
+    anew.begin("sft", 0)
+    anew.log("sft", 0, {"loss/train": 1.75})
+    anew.begin("sft", 0)  # the learners were started again: the run that is open goes on
+    anew.log("sft", 0, {"loss/train": 1.75})
+    anew.close()
+    now = json.loads((tmp_path / "night/wandb.json").read_text())
+    assert now["rl"] == ids["rl"] and now["sft"] != ids["sft"]
+    (sft,) = (tmp_path / "night/wandb").glob(f"offline-run-*-{now['sft']}")
+    assert [row["step"] for row in wandb_history(sft)] == [0, 0]
 
 
 @pytest.mark.slow
@@ -335,6 +363,17 @@ def test_transcripts_show_the_best_and_the_worst_as_text(tmp_path: Path) -> None
 def test_no_transcripts_are_written_when_none_are_wanted(tmp_path: Path) -> None:
     write_transcripts(str(tmp_path), 3, [make_group(0, (0.0, 1.0))], byte_tokenizer(), how_many=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_rl_begins_the_transcripts_from_there_on_are_forgotten(tmp_path: Path) -> None:
+    forget_transcripts(str(tmp_path), 0)  # there are none yet
+    for step in (2, 3, 4):
+        write_transcripts(
+            str(tmp_path), step, [make_group(0, (0.0, 1.0))], byte_tokenizer(), how_many=1
+        )
+    forget_transcripts(str(tmp_path), 3)
+    (left,) = (tmp_path / "transcripts").iterdir()
+    assert left.name == "step_000002.jsonl"
 
 
 def test_transcripts_that_cannot_be_written_are_only_warned_of(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def test_a_pipeline_prints_one_json_object_and_says_the_rest_on_stderr(
 def test_the_evaluation_names_the_checkpoints_that_it_measured(finished_run: Path) -> None:
     evaluation = json.loads((finished_run / "results/evaluate.json").read_text())
     for stage, result in evaluation["stages"].items():
-        assert result["checkpoint"] == {"stage": stage, "step": STEPS[stage]}
+        made = json.loads((finished_run / f"results/{stage}.json").read_text())["finished"]
+        assert result["checkpoint"] == {"stage": stage, "step": STEPS[stage], "finished": made}
 
 
 def test_every_stage_says_where_it_ran(finished_run: Path) -> None:

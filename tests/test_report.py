@@ -314,3 +314,27 @@ def test_the_environment_names_processor_memory_and_versions() -> None:
     assert facts["memory_gib"] > 0
     assert facts["cpu"]
     assert {"python", "torch", "ray"} <= set(facts["versions"])
+
+
+def test_what_was_measured_of_a_policy_that_is_no_more_is_left_out(tmp_path: Path) -> None:
+    evaluation = measured(60)
+    for stage, result in evaluation["stages"].items():
+        write_result(str(tmp_path), stage, {"steps": 9, "finished": 5.0})
+        result["checkpoint"] = {"stage": stage, "step": 9, "finished": 5.0}
+    write_result(str(tmp_path), "evaluate", evaluation)
+    write_report(str(tmp_path))
+    assert "is no more" not in (tmp_path / "report.md").read_text()
+
+    write_result(str(tmp_path), "rl", {"steps": 9, "finished": 6.0})  # made again
+    write_report(str(tmp_path))
+    page = (tmp_path / "report.md").read_text()
+    assert "What was measured of rl is of a policy that is no more" in page
+    assert "**sft** (step 9) solves" in page and "**rl** (step 9) solves" not in page
+    assert "**sft against mid**" in page and "**rl against sft**" not in page
+    assert json.loads((tmp_path / "report.json").read_text())["evaluation"]["outdated"] == ["rl"]
+
+    for stage in ("mid", "sft", "rl"):  # all deleted
+        (tmp_path / f"results/{stage}.json").unlink()
+    write_report(str(tmp_path))
+    page = (tmp_path / "report.md").read_text()
+    assert "measured of mid, sft, rl is of a policy" in page and "solves" not in page

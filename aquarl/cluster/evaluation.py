@@ -13,7 +13,12 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
 from aquarl.cluster.errors import last_line
-from aquarl.cluster.results import finished_checkpoint, finished_policy, run_and_stage
+from aquarl.cluster.results import (
+    finished_at,
+    finished_checkpoint,
+    finished_policy,
+    run_and_stage,
+)
 from aquarl.cluster.rollout_pool import sampler_maker, unused
 from aquarl.cluster.waits import wait_for
 from aquarl.config import Config
@@ -168,7 +173,7 @@ def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str
     ]
     measured = _measured(config, policies, problems)
     for result, place in zip(measured, places, strict=True):
-        result["checkpoint"] = _step_and_stage(*place)
+        result["checkpoint"] = _which(*place)
     summary = evaluation_summary(
         config.evaluate.split, dict(zip(stages, measured[: len(stages)], strict=True))
     )
@@ -179,10 +184,14 @@ def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str
     return summary
 
 
-def _step_and_stage(run_dir: str, stage: str) -> dict[str, Any]:
-    """Return which checkpoint was measured."""
+def _which(run_dir: str, stage: str) -> dict[str, Any]:
+    """Return which checkpoint was measured, and when its stage was finished: None, if it is not.
+
+    The moment tells it from another that is made in its place.
+    """
     meta = read_meta(finished_checkpoint(run_dir, stage))
-    return {"stage": meta["stage"], "step": meta["step"]}
+    moment = finished_at(run_dir, stage)
+    return {"stage": meta["stage"], "step": meta["step"], "finished": moment}
 
 
 def _measured(

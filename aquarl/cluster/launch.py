@@ -133,10 +133,11 @@ def tokenizer_stage(config: Config, relay: Any, since: float) -> float:
         "bytes_per_token": len(some.encode()) / len(tokenizer.encode(some)),
     }
     with make_trackers(config) as trackers:
+        trackers.begin("tokenizer", 0)
         trackers.log("tokenizer", 0, metrics)
     line = record(config, "tokenizer", since, metrics)
     say_finished(relay, "tokenizer", 0, line)
-    return finished_at(config, "tokenizer")
+    return finished_at(config.run.dir, "tokenizer") or time.time()
 
 
 def tokenizer_texts(config: Config) -> Iterator[str]:

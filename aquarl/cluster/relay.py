@@ -26,8 +26,8 @@ from aquarl.records import Metrics
 
 POLL_S = 0.25
 
-Said = tuple[str, int, Metrics | str]
-"""Stage, step, and its numbers; or, when the stage is finished, the line to show."""
+Said = tuple[str, int, Metrics | str | None]
+"""Stage, step, and its numbers; None where the stage begins, the line to show where it ends."""
 
 
 class MetricsRelay:
@@ -39,7 +39,7 @@ class MetricsRelay:
     def __repr__(self) -> str:
         return "MetricsRelay"
 
-    def put(self, stage: str, step: int, said: Metrics | str) -> None:
+    def put(self, stage: str, step: int, said: Metrics | str | None) -> None:
         self._waiting.append((stage, step, said))
 
     def take(self) -> list[Said]:
@@ -88,6 +88,8 @@ def relay_to(sinks: Sinks) -> Iterator[ActorHandle]:
                 if isinstance(said, str):
                     sinks.close()  # each opens again for the next stage
                     print(said, file=sys.stderr, flush=True)
+                elif said is None:
+                    sinks.begin(stage, step)
                 else:
                     sinks.log(stage, step, said)
 

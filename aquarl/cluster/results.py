@@ -201,11 +201,10 @@ def ran_on() -> dict[str, Any]:
     }
 
 
-def finished_at(config: Config, stage: str) -> float:
-    """Return when a stage that stands was finished (Unix seconds)."""
-    recorded = _get_record(f"{config.run.dir}/results/{stage}.json")
-    assert recorded is not None, stage
-    return float(recorded["finished"])
+def finished_at(run_dir: str, stage: str) -> float | None:
+    """Return when a stage was finished (Unix seconds); None, if it was not."""
+    recorded = _get_record(f"{run_dir}/results/{stage}.json")
+    return None if recorded is None else float(recorded["finished"])
 
 
 def finished_policy(run_dir: str, stage: str, tokenizer_fingerprint: str) -> GPT:

@@ -47,7 +47,7 @@ from aquarl.model.gpt import GPT
 from aquarl.model.modes import compile_policy
 from aquarl.model.shape import Shape
 from aquarl.observe.ledger import Ledger
-from aquarl.observe.transcripts import write_transcripts
+from aquarl.observe.transcripts import forget_transcripts, write_transcripts
 from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
 from aquarl.rl.learner import Learner
 from aquarl.rl.loop import train_policy
@@ -73,6 +73,11 @@ class Post:
     def deadline(self) -> Deadline:
         """Of a step. Renewed by what shows that the learner gets on."""
         return Deadline(self.config.cluster.step_timeout_s)
+
+    def begin(self, stage: str, step: int) -> None:
+        """Have all that was logged after so many steps of a stage forgotten."""
+        if self.member.rank == 0:
+            self.relay.put.remote(stage, step, None)
 
     def log(self, stage: str, step: int, metrics: Metrics) -> None:
         self.deadline.renew()
@@ -103,7 +108,7 @@ def learner_stages(post: Post, stages: tuple[str, ...], since: float) -> None:
                 _rl_stage(post, tokenizer, since)
             else:
                 _supervised_stage(post, stage, tokenizer, since, then_rl=following == "rl")
-        since = post.member.each(partial(finished_at, post.config, stage))
+        since = post.member.each(partial(finished_at, post.config.run.dir, stage)) or since
 
 
 def _supervised_stage(
@@ -127,6 +132,7 @@ def _supervised_stage(
         member.world,
     )
     member.each(lambda: _resume(config, stage, tokenizer, model, trainer))
+    post.begin(stage, trainer.step)
     last: Metrics = {}
 
     def log(step: int, metrics: Metrics) -> None:
@@ -255,7 +261,9 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
     def begin() -> None:
         stream.begin(model.shape)
         stream.rewind(learner.step, frontier)
+        forget_transcripts(config.run.dir, learner.step)
 
+    post.begin("rl", learner.step)
     member.once(begin)  # no rank may ask for a step of before the rewind
     last: Metrics = {}
 

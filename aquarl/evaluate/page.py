@@ -150,8 +150,15 @@ def _pictures(plots: list[str], wanted: tuple[str, ...]) -> list[str]:
 def evaluation_part(evaluation: dict[str, Any]) -> str:
     """Return what is said about `results/evaluate.json`: accuracies, answers, comparisons."""
     stages = evaluation.get("stages", {})
+    outdated = ", ".join(evaluation.get("outdated", []))
+    missing = (
+        f"What was measured of {outdated} is of a policy that is no more, so it is left out: "
+        "`aquarl evaluate` measures what stands now."
+        if outdated
+        else ""
+    )
     if not stages:
-        return ""
+        return missing
     ks = sorted(
         {int(k) for r in stages.values() for k in r.get("sampled", {}).get("pass_at_k", {})}
     )
@@ -179,6 +186,7 @@ def evaluation_part(evaluation: dict[str, Any]) -> str:
         "logit* lets the model write nothing and takes its likeliest letter: another question, "
         "not comparable with the rest.",
         *_how_it_was_measured(evaluation),
+        *([missing] if missing else []),
         f"### How it answers (greedy)\n\n{_table(how, how_rows)}",
         "*Committed*: has an `Answer: X` line. *Cut*: ended by the length limit. *Shifted "
         "options*: accuracy over all rotations of the options; far below greedy means the model "

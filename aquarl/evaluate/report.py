@@ -71,9 +71,8 @@ def gather(run_dir: str) -> dict[str, Any]:
             f"Run a stage first, for example `aquarl pipeline run.dir={run_dir}`, "
             "or name another directory with run.dir=..."
         )
-    if stages := evaluation.get("stages"):
-        whole = {stage: result for stage, result in stages.items() if "greedy" in result}
-        evaluation = evaluation | {"stages": whole}
+    if evaluation.get("stages"):
+        evaluation = _of_what_stands(evaluation, results)
     config = _text(f"{folder}/config.toml")
     price = _price_per_hour(config)
     stages = {
@@ -94,6 +93,32 @@ def gather(run_dir: str) -> dict[str, Any]:
     }
 
 
+def _of_what_stands(
+    evaluation: dict[str, Any], results: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return an evaluation without the figures of what was made again, or deleted, since then.
+
+    Their stages are named under `outdated`.
+    """
+
+    def is_outdated(stage: str, measured: dict[str, Any]) -> bool:
+        checkpoint = measured.get("checkpoint", {})
+        stands = results.get(stage, {}).get("finished")
+        return stage in STAGES and checkpoint.get("finished", stands) != stands
+
+    stages = evaluation["stages"]
+    outdated = [stage for stage in stages if is_outdated(stage, stages[stage])]
+    kept = {
+        stage: measured
+        for stage, measured in stages.items()
+        if stage not in outdated and "greedy" in measured
+    }
+    tests = [
+        test for test in evaluation.get("comparisons", []) if {test["a"], test["b"]} <= kept.keys()
+    ]
+    return evaluation | {"stages": kept, "comparisons": tests, "outdated": outdated}
+
+
 def _stage_facts(
     stage: str, result: dict[str, Any], rows: list[dict[str, Any]], price_per_hour: float
 ) -> dict[str, Any]:
@@ -101,6 +126,7 @@ def _stage_facts(
     wall_s = result.get("wall_s")
     return {
         "is_finished": bool(result),
+        "finished": result.get("finished"),
         "steps": result.get("steps", rows[-1]["step"] if rows else None),
         "tokens": result.get("tokens"),
         "wall_s": wall_s,

@@ -36,10 +36,19 @@ HEADLINES = (
     "time/step",
 )
 """What the console shows first, by the beginnings of names."""
+BEGINS = "begins"
+"""In a row of `metrics.jsonl`: the stage starts, or goes on, at this step."""
 
 
 class Sink(Protocol):
     """A place where metrics go."""
+
+    def begin(self, stage: str, step: int) -> None:
+        """Hear that a stage starts, or goes on, after so many steps.
+
+        What was logged of later ones is of a policy that is no more.
+        """
+        ...
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of one step. Several calls for one step add up."""
@@ -59,6 +68,10 @@ class Sinks:
     def __init__(self, sinks: Iterable[Sink]) -> None:
         self._sinks = list(sinks)
         self._warned: set[int] = set()
+
+    def begin(self, stage: str, step: int) -> None:
+        for sink in self._sinks:
+            self._try(sink, sink.begin, stage, step)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         for sink in self._sinks:
@@ -118,6 +131,9 @@ class JsonlSink:
         """Of a bucket's file: what stands there."""
         self._flushed_at = -math.inf
 
+    def begin(self, stage: str, step: int) -> None:
+        self.log(stage, step, {BEGINS: 1})
+
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         row: dict[str, Any] = {"stage": stage, "step": step, "time": round(time.time(), 3)}
         row |= {name: _finite(value) for name, value in metrics.items()}
@@ -163,7 +179,8 @@ class JsonlSink:
 def read_metrics(run_dir: str) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of each stage in order of step; empty where no stage has logged.
 
-    Rows of one step are merged, the later winning: a resumed stage logs its last steps again.
+    Rows of one step are merged. Where a stage begins, resumed or made again, its rows from that
+    step on are forgotten: the policy that they tell of is no more.
     Half a line, left by a killed process, is passed over. Raises: StorageError, where nobody can
     tell what is there.
     """
@@ -176,10 +193,16 @@ def read_metrics(run_dir: str) -> dict[str, list[dict[str, Any]]]:
         try:
             row = json.loads(line)
             steps = stages.setdefault(str(row["stage"]), {})
+            if row.pop(BEGINS, None):
+                for gone in [step for step in steps if step >= row["step"]]:
+                    del steps[gone]
+                continue
             steps.setdefault(int(row["step"]), {}).update(row)
         except (ValueError, KeyError, TypeError):
             continue
-    return {stage: [steps[step] for step in sorted(steps)] for stage, steps in stages.items()}
+    return {
+        stage: [steps[step] for step in sorted(steps)] for stage, steps in stages.items() if steps
+    }
 
 
 class ConsoleSink:
@@ -199,6 +222,9 @@ class ConsoleSink:
         self._stage, self._held = "", ""
         self._shown_at = -math.inf
         self._progress: Progress | None = None
+
+    def begin(self, stage: str, step: int) -> None:
+        pass  # its bar shows where it stands
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         if stage != self._stage:
@@ -261,7 +287,8 @@ def headline(metrics: Mapping[str, float], most: int = 5) -> str:
 class WandbSink:
     """One W&B run for each stage, all in a group named like the run directory.
 
-    Ids are kept in `wandb.json` of the run directory, so a resumed stage goes on in its own run.
+    Ids are kept in `wandb.json` of the run directory, so a resumed stage goes on in its own run;
+    one that begins anew has a new one.
     Where nobody is logged in or the service is away, curves are kept as W&B's offline runs, which
     `wandb sync` sends later. That is found out once: it may not slow down every stage.
 
@@ -274,6 +301,10 @@ class WandbSink:
         self._fs, folder = fsspec.url_to_fs(config.run.dir)
         self._folder = folder.rstrip("/")
         self._runs: dict[str, Any] = {}
+
+    def begin(self, stage: str, step: int) -> None:
+        if step == 0 and stage not in self._runs:
+            self._id(stage, is_new=True)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         if stage not in self._runs:
@@ -341,13 +372,13 @@ class WandbSink:
         run.define_metric("*", step_metric="step")
         return run
 
-    def _id(self, stage: str) -> str:
+    def _id(self, stage: str, *, is_new: bool = False) -> str:
         path = f"{self._config.run.dir.rstrip('/')}/wandb.json"
         try:
             ids = json.loads(get(path))
         except (FileNotFoundError, ValueError):
             ids = {}
-        if stage not in ids:
+        if is_new or stage not in ids:
             ids[stage] = secrets.token_hex(6)
             put(path, json.dumps(ids).encode())
         return str(ids[stage])

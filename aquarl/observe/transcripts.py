@@ -49,6 +49,22 @@ def write_transcripts(
         warnings.warn(f"No transcripts in {folder}: {what(error)}", stacklevel=2)
 
 
+def forget_transcripts(run_dir: str, step: int) -> None:
+    """Remove what was written from this step on, where RL begins: other answers will stand there.
+
+    A place that cannot be cleared is warned of; the run goes on.
+    """
+    fs, folder = fsspec.url_to_fs(run_dir)
+    folder = f"{folder.rstrip('/')}/transcripts"
+    try:
+        fs.invalidate_cache()
+        for path in fs.glob(f"{folder}/step_*.jsonl"):
+            if path.rsplit("/", 1)[-1] >= f"step_{step:06d}.jsonl":
+                fs.rm_file(path)
+    except Exception as error:  # a bucket can fail in as many ways as there are clients
+        warnings.warn(f"Old transcripts are left in {folder}: {what(error)}", stacklevel=2)
+
+
 def _rows(
     groups: Sequence[RolloutGroup], tokenizer: Decoder, how_many: int
 ) -> Iterator[dict[str, Any]]:

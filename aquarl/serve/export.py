@@ -128,7 +128,7 @@ def _checked_files(
     step = read_meta(checkpoint)["step"]
     if format == "hf":
         run_name = run_dir.rstrip("/").rsplit("/", 1)[-1]
-        title, figures = f"aquarl {run_name}: {stage}, step {step}", _figures(run_dir, stage)
+        title, figures = f"aquarl {run_name}: {stage}, step {step}", _figures(run_dir, stage, step)
         files = hf_files(model, tokenizer, title=title, figures=figures)
     else:
         files = nanochat_files(model, tokenizer, step=step)
@@ -213,21 +213,34 @@ def _largest_difference(a_BTV: Tensor, b_BTV: Tensor) -> float:
     return float((a_BTV.float() - b_BTV.float()).abs().max())
 
 
-def _figures(run_dir: str, stage: str) -> dict[str, Any]:
-    """Return what `report.json` says was measured of a stage: its split, and training's end."""
+def _figures(run_dir: str, stage: str, step: int) -> dict[str, Any]:
+    """Return what `report.json` says was measured of a stage: its split, and training's end.
+
+    Nothing, where it tells of a policy that stood there before this one.
+    """
+    report = _json(f"{run_dir}/report.json")
+    evaluation, about = report.get("evaluation", {}), report.get("stages", {}).get(stage, {})
+    measured = evaluation.get("stages", {}).get(stage, {})
+    told_of = about.get("finished"), measured.get("checkpoint", {}).get("step", step)
+    if not report or told_of != (_json(f"{run_dir}/results/{stage}.json").get("finished"), step):
+        return {}
+    return {evaluation.get("split", "evaluation"): measured, "training": about.get("final", {})}
+
+
+def _json(path: str) -> dict[str, Any]:
+    """Return what a file of the run says, {} where there is none."""
     try:
-        report = json.loads(get(f"{run_dir}/report.json"))
-        evaluation = report.get("evaluation", {})
-        measured = evaluation.get("stages", {}).get(stage, {})
-        final = report.get("stages", {}).get(stage, {}).get("final", {})
+        found = json.loads(get(path))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise CheckpointError(
-            f"{run_dir}/report.json is damaged ({error}), so the model card has no figures to "
-            "show. Run `aquarl report` again, or delete that file."
+            f"{path} is damaged ({error}), so the model card has no figures to show. Delete that "
+            "file, or run `aquarl report` again."
         ) from error
-    return {evaluation.get("split", "evaluation"): measured, "training": final}
+    return found
 
 
 def _refuse_occupied(out: str) -> None:
