@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from aquarl.config import ModelConfig
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.model.gpt import GPT
 from aquarl.model.shape import Shape
@@ -24,10 +25,10 @@ CORPUS = (
 ) * 40
 
 
-def random_model(layers: int, heads: int, kv_heads: int) -> GPT:
+def random_model(layers: int, heads: int, kv_heads: int, width: int = 64) -> GPT:
     """Return a model whose every weight is normal: the zero init would hide wrong names."""
     tokenizer = byte_tokenizer()
-    model = GPT(Shape(tokenizer.vocab_size, layers, 64, heads, kv_heads, context=32))
+    model = GPT(Shape(tokenizer.vocab_size, layers, width, heads, kv_heads, context=32))
     generator = torch.Generator().manual_seed(layers * 10 + kv_heads)
     with torch.no_grad():
         for weight in model.parameters():
@@ -35,11 +36,21 @@ def random_model(layers: int, heads: int, kv_heads: int) -> GPT:
     return model
 
 
-@pytest.mark.parametrize("layers", [2, 4])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"depth": depth, "width": 64, "heads": 4, "kv_heads": n}
+        for depth in (2, 4)
+        for n in (4, 2, 1)
+    ]
+    + [{"depth": 2}, {"depth": 4}, {"depth": 4, "kv_heads": 1}],  # as the dial derives them
+    ids=str,
+)
 @torch.inference_mode()
-def test_transformers_computes_the_same_logits(layers: int, heads: int, kv_heads: int) -> None:
-    ours, tokenizer = random_model(layers, heads, kv_heads), byte_tokenizer()
+def test_transformers_computes_the_same_logits(model: dict[str, int]) -> None:
+    shape = Shape.of(ModelConfig.model_validate(model), vocab=0)
+    ours = random_model(shape.layers, shape.heads, shape.kv_heads, shape.width)
+    tokenizer = byte_tokenizer()
     config = transformers.NanoChatConfig(**hf_config(ours.shape, tokenizer))
     theirs = transformers.NanoChatForCausalLM(config).eval()
     theirs.load_state_dict(hf_state(ours), strict=True)

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from aquarl.config import DataConfig
@@ -135,6 +136,56 @@ def test_hub_rows_of_mmlu_and_arc_become_the_same_problems_as_local_ones() -> No
     for lettered in made:
         assert vars(problem_from_row("x", lettered | {"source": ""}, "t")) == vars(wanted)
     assert arc.lettered({"question": "Q", "choices": choices, "answerKey": "E"})["correct"] == ""
+
+
+def test_without_a_root_everything_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names, configurations, splits and rows are those of the data sets' cards on the hub."""
+    aqua = {"options": [*FOUR, "E)5"], "rationale": "1 + 2 = 3", "correct": "C"}
+    choices = {"text": ["1", "2", "3", "4"], "label": [*"ABCD"]}
+    row = {"choices": ["1", "2", "3", "4"], "answer": 2, "subject": "algebra"}
+    hub: dict[tuple[str, str | None, str], list[dict[str, Any]]] = {
+        ("deepmind/aqua_rat", "raw", split): [{"question": f"{split}?", **aqua}]
+        for split in ("train", "validation", "test")
+    }
+    hub |= {
+        ("cais/mmlu", "auxiliary_train", "train"): [{"train": {"question": "aux?", **row}}],
+        ("cais/mmlu", "all", "validation"): [{"question": "val?", **row}],
+    }
+    for name in ("ARC-Easy", "ARC-Challenge"):
+        for split in ("train", "validation"):
+            question = {"id": "1", "question": f"{name} {split}?", "answerKey": "C"}
+            hub["allenai/ai2_arc", name, split] = [question | {"choices": choices}]
+    hub["openai/gsm8k", "main", "train"] = [
+        {"question": f"{i}?", "answer": f"<<{i}={i}>>{i}\n#### {i}"} for i in range(200)
+    ]
+    hub["HuggingFaceTB/smol-smoltalk", None, "train"] = [
+        {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "b"}]}
+        for i in range(200)
+    ]
+    hub["karpathy/fineweb-edu-100b-shuffle", None, "train"] = [{"text": f"{i}"} for i in range(200)]
+    read = set()
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        read.add((name, config, split))
+        return hub[name, config, split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = config_of(task="aqua", corpus=["hub"])
+    splits = load_problems(config, 0)
+    for split in ("train", "validation", "test"):
+        (problem,) = getattr(splits, split)
+        assert (problem.question, problem.answer_letter) == (f"{split}?", "C")
+    assert [p.question for p in mmlu.load_mmlu(config)] == ["aux?"]
+    assert [p.question for p in mmlu.load_mmlu(config, "validation")] == ["val?"]
+    for split in ("train", "validation"):
+        questions = [problem.question for problem in arc.load_arc(config, split)]
+        assert questions == [f"ARC-Easy {split}?", f"ARC-Challenge {split}?"]
+    for source in ("gsm8k", "chat"):
+        parts = [load_conversations(source, config, 0, split) for split in ("train", "validation")]
+        assert min(map(len, parts)) > 0 and sum(map(len, parts)) == 200
+    texts = [*corpus_documents(config, 0, "train"), *corpus_documents(config, 0, "validation")]
+    assert sorted(texts, key=int) == [f"{i}" for i in range(200)]
+    assert read == set(hub), "all of it, and no test split of a source of mid"
 
 
 def test_files_may_hold_the_rows_of_the_hub(root: Path) -> None:
