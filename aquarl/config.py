@@ -392,7 +392,8 @@ class Config(Section):
         if learners > prompts:
             raise ConfigError(
                 f"cluster.learners is {learners}, but a step has rl.prompts_per_step={prompts} "
-                f"prompts, and each learner needs one of its own. Try cluster.learners={prompts}."
+                f"prompts, and each learner needs one of its own. Try cluster.learners={prompts}, "
+                f"or rl.prompts_per_step={learners}."
             )
         return self
 

@@ -83,21 +83,6 @@ def test_decoding_with_a_cache_equals_whole_rows(
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-9, atol=1e-9)
 
 
-@torch.inference_mode()
-def test_dropping_rows_leaves_those_that_stay_as_they_were() -> None:
-    model, (prompts, answers_BT) = model64(4, 2), prompts_and_answers()
-    prefix = Prefix(torch.tensor([len(prompt) for prompt in prompts]))
-    model(padded(prompts), prefix)
-    answers = Continuation(prefix, G, room=ANSWER_LENGTH)
-    model(answers_BT[:, :2], answers, answers.positions_BT(2))
-    answers.advance(2)
-    kept_prompts, kept_rows = torch.tensor([0, 2]), torch.tensor([1, 2, 6, 8])
-    answers.keep(kept_prompts, kept_rows, answers_per_prompt=2)
-    after = model(answers_BT[kept_rows, 2:], answers, answers.positions_BT(4))
-    expected = plain_hidden(model, prompts, answers_BT)[kept_rows, 2:]
-    torch.testing.assert_close(after, expected, rtol=1e-9, atol=1e-9)
-
-
 @HEADS
 @torch.inference_mode()
 def test_documents_of_a_row_are_computed_as_if_alone(heads: int, kv_heads: int) -> None:

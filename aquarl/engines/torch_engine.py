@@ -176,7 +176,7 @@ class TorchSampler:
             raise ConfigError(
                 f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than the "
                 f"{room} positions of a model with model.context={self.model.shape.context}. "
-                "Lower max_new_tokens, or leave such problems out."
+                "Lower max_new_tokens of rl or evaluate, or leave such problems out."
             )
 
 

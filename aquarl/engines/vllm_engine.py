@@ -166,7 +166,7 @@ class VllmSampler:
             raise ConfigError(
                 f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than the "
                 f"{room} positions of a model with model.context={shape.context}. "
-                "Lower max_new_tokens, or leave such problems out."
+                "Lower max_new_tokens of rl or evaluate, or leave such problems out."
             )
 
 

@@ -76,11 +76,6 @@ class Prefix:
             ~is_real_PT, float("-inf")
         )
 
-    def keep(self, prompts: Tensor) -> None:
-        """Forget all prompts but those at these indices."""
-        self.lengths_P = self.lengths_P[prompts]
-        self.keys_values = [(k[prompts], v[prompts]) for k, v in self.keys_values]
-
 
 class Continuation:
     """Attention of answers over their prompt and over themselves, some positions a call.
@@ -108,13 +103,6 @@ class Continuation:
 
     def advance(self, new_positions: int) -> None:
         self.length += new_positions
-
-    def keep(self, prompts: Tensor, rows: Tensor, answers_per_prompt: int) -> None:
-        """Drop finished rows: keep these prompts, and these rows of the old numbering."""
-        self.prefix.keep(prompts)
-        self._prompt_mask_PT = self._prompt_mask_PT[prompts]
-        self.G = answers_per_prompt
-        self._cache = [(k[rows], v[rows]) for k, v in self._cache]
 
     def __call__(self, layer: int, q_BHTK: Tensor, k_BJTK: Tensor, v_BJTK: Tensor) -> Tensor:
         B, H, T, K = q_BHTK.shape
