@@ -352,6 +352,7 @@ class _Parser(argparse.ArgumentParser):
     """Bad usage is one sentence, like every other mistake."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        message = message.replace(", key=value", "")  # named among what is missing, but optional
         raise ConfigError(f"{message}. `{self.prog} --help` shows what there is.")
 
 

@@ -79,6 +79,7 @@ def everything_in(folder: Path) -> dict[str, bytes]:
         (["rl", "--config", "no_such_preset"], "no preset of that name"),
         (["grade", "nowhere.jsonl"], "There is no nowhere.jsonl"),
         (["export", "out", "run.dir=nowhere", "--stage", "sft"], "nowhere"),
+        (["export"], "arguments are required: out. `aquarl export --help`"),
         (["chat", "run.dir=nowhere"], "nowhere/tokenizer. Run `aquarl tokenizer`"),
         (["report", "run.dir=nowhere"], "nothing to report"),
         (["submit", "dance"], "There is no job 'dance'"),
