@@ -238,7 +238,8 @@ def unfinished(finished_run: Path, tmp_path: Path) -> Iterator[Path]:
     """A run whose RL is still to be done. What is there must be there afterwards, as it is."""
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
-    shutil.rmtree(run / "checkpoints/rl")
+    for name in ("checkpoints/rl", "transcripts"):
+        shutil.rmtree(run / name)
     for name in ("results/rl.json", "ledger.jsonl", "metrics.jsonl"):
         (run / name).unlink()
     before = everything_in(run)
