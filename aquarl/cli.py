@@ -76,7 +76,8 @@ def report(config: Config, args: Arguments) -> None:
     from aquarl.evaluate.report import write_report
 
     is_alone = getattr(args, "json", False)  # an object on stdout has it to itself
-    print(f"The report is {write_report(config.run.dir)}", file=sys.stderr if is_alone else None)
+    path = write_report(config.run.dir, config.track.price_per_hour)
+    print(f"The report is {path}", file=sys.stderr if is_alone else None)
 
 
 def pipeline(config: Config, args: Arguments) -> None:

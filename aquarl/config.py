@@ -45,7 +45,9 @@ SECRET = re.compile(
 )
 """How a URL looks that has a password in it."""
 PRESETS = Path(__file__).resolve().parent.parent / "ray_jobs"
-
+OWN_NAMES = {"arithmetic", "aqua", "hub"}
+"""In `data.task` and `data.corpus` these are never a file or folder that happens to be here."""
+MidSource = Literal["chat", "gsm8k", "mmlu", "arc", "task", "easy"]
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 
@@ -71,9 +73,9 @@ class DataConfig(Section):
     """The problems of SFT, RL and evaluation: "arithmetic", "aqua", or a JSONL file."""
     corpus: tuple[str, ...] = ("arithmetic",)
     """Text of the base stage: "arithmetic" (generated facts), "hub", or files below `root`."""
-    mid: dict[str, NonNegativeFloat] = Field(default_factory=lambda: {"task": 1.0})
-    """Mixture of the mid stage: name ("chat", "gsm8k", "mmlu", "arc", "task", or
-    "easy": generated problems of one step) to passes over it."""
+    mid: dict[MidSource, NonNegativeFloat] = Field(default={"task": 1.0})
+    """Mixture of the mid stage: source ("task": the problems of `task`, "easy": generated ones of
+    one step) to passes over it."""
     permute_options: bool = False
     """Shuffle each training problem's options, so that no letter is likelier than another."""
     max_train_problems: PositiveInt | None = None
@@ -287,6 +289,12 @@ class RLConfig(OptimConfig):
                 "scores the whole one, so the gradient would be of another policy. "
                 "Leave both out in RL; evaluate.top_k and evaluate.top_p are there for evaluation."
             )
+        if self.lease_timeout_s >= self.wait_timeout_s:
+            raise ConfigError(
+                f"rl.lease_timeout_s is {self.lease_timeout_s:g}, but learners give up after "
+                f"rl.wait_timeout_s={self.wait_timeout_s:g}, so a worker that hangs would end the "
+                f"run before it is replaced. Try rl.wait_timeout_s={3 * self.lease_timeout_s:g}."
+            )
         return self
 
 
@@ -429,10 +437,15 @@ def build_config(tree: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"])
+        where = ".".join(str(part) for part in fault["loc"] if part != "[key]")
+        advice = "`aquarl pipeline --dry-run` shows the settings."
+        if fault["type"] == "tuple_type":
+            advice = f"Write {where}='[{_toml(fault['input'])}]'."
+        elif fault["type"] == "dict_type":
+            section, key = map(str, fault["loc"][:2])
+            advice = f"Write {where}='{_toml(Config().model_dump()[section][key])}'."
         raise ConfigError(
-            f"{where} is {_shown(fault['input'])}, but: {fault['msg'].lower()}. "
-            f"`aquarl pipeline --dry-run` shows the settings."
+            f"{where} is {_shown(fault['input'])}, but: {fault['msg'].lower()}. {advice}"
         ) from error
 
 
@@ -456,35 +469,41 @@ def _shown(value: Any) -> str:
 def with_absolute_paths(config: Config) -> Config:
     """Return the configuration with local paths made absolute: workers have folders of their own.
 
-    A name in `data.task` or `data.corpus` is a path where such a file stands here; without
-    `data.root` also a pattern that matches here, or a folder if it is written with a "/".
+    A name in `data.task` is a path where such a file or folder stands here, and so is one in
+    `data.corpus`, or a pattern that matches here; with `data.root` only files are, as it may have
+    folders of the same names. A bucket's folder loses the "/" at its end.
 
     Raises:
         ConfigError: We are in a Ray job, whose folder is deleted after it, and a path is relative.
     """
 
     def absolute(path: str) -> str:
-        if "://" in path or os.path.isabs(path := os.path.expanduser(path)):
-            return path
-        if JOB_FOLDER in os.getcwd():
+        if "://" in path:
+            return path.rstrip("/")
+        path = os.path.expanduser(path)
+        if not os.path.isabs(path) and JOB_FOLDER in os.getcwd():
             raise ConfigError(
                 f"{path} is relative to this Ray job's own folder, which is deleted when the job "
                 f"ends. Name a place that stays: run.dir=/shared/{path} or run.dir=gs://BUCKET/..."
             )
         return os.path.abspath(path)
 
-    def absolute_if_there(name: str) -> str:
-        is_pattern = config.data.root is None and ("/" in name or glob.has_magic(name))
-        is_here = is_pattern and glob.glob(os.path.expanduser(name), recursive=True)
-        return absolute(name) if is_here or os.path.isfile(name) else name
+    def task_path(name: str) -> str:
+        is_here = name not in OWN_NAMES and os.path.exists(os.path.expanduser(name))
+        return absolute(name) if is_here else name
+
+    def corpus_path(pattern: str) -> str:
+        typed, with_root = os.path.expanduser(pattern), config.data.root is not None
+        is_here = os.path.isfile(typed) if with_root else glob.glob(typed, recursive=True)
+        return absolute(pattern) if is_here and pattern not in OWN_NAMES else pattern
 
     run = config.run.model_copy(update={"dir": absolute(config.run.dir)})
     root = config.data.root
     data = config.data.model_copy(
         update={
             "root": None if root is None else absolute(root),
-            "task": absolute_if_there(config.data.task),
-            "corpus": tuple(map(absolute_if_there, config.data.corpus)),
+            "task": task_path(config.data.task),
+            "corpus": tuple(map(corpus_path, config.data.corpus)),
         }
     )
     return config.model_copy(update={"run": run, "data": data})
@@ -497,6 +516,7 @@ def read_toml(file_or_preset: str) -> dict[str, Any]:
         place = str(PRESETS / f"{place}.toml")
     if not _exists(place):
         names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
+        names = names or "none here, as they come with the repository: work from a clone of it"
         raise ConfigError(
             f"There is no file {file_or_preset}, and no preset of that name. Presets: {names}."
         )

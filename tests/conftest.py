@@ -72,6 +72,7 @@ save_every = 2
 max_staleness = 0
 lr_scale = 0.1
 wait_timeout_s = 60
+lease_timeout_s = 50
 [evaluate]
 problems = 12
 permutation_problems = 4

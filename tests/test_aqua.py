@@ -79,6 +79,7 @@ def test_what_only_looks_like_a_letter_stays() -> None:
         "Washington",
         "Adams",
     )
+    assert split_options([4, 5.5, "6"]) == ("4", "5.5", "6")
     assert split_options(["A)C + 6", "B). C + 7"]) == ("C + 6", "C + 7")
 
 
@@ -89,6 +90,7 @@ def test_what_only_looks_like_a_letter_stays() -> None:
         (["A)1", "B)2", "3"], "options not lettered in order"),
         (["A)1", "B)"], "an option is empty"),
         (["A)1"], "not 2 to 5 options"),
+        (["A)1", None], "an option is neither text nor a number"),
         ([*FIVE, "F)6"], "not 2 to 5 options"),
     ],
 )

@@ -11,12 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 from aquarl.cli import main
+from aquarl.cluster.connection import namespace
 from aquarl.cluster.control import settings
-from aquarl.config import load_config, to_toml
+from aquarl.cluster.results import alone_in
+from aquarl.config import DataConfig, load_config, to_toml, with_absolute_paths
 from aquarl.errors import DataError
 from aquarl.observe.ledger import Ledger
 from aquarl.storage import put
@@ -260,7 +264,12 @@ def test_a_pool_that_no_cluster_can_start_is_given_up_with_a_reason(
 ) -> None:
     """In a named cluster, which could grow, so that only the deadline can tell."""
     monkeypatch.setenv("RAY_ADDRESS", "a cluster that could grow")
-    settings = ("rl.rollout_workers=1", "cluster.rollout_cpus=64", "rl.wait_timeout_s=1")
+    settings = (
+        "rl.rollout_workers=1",
+        "cluster.rollout_cpus=64",
+        "rl.wait_timeout_s=1",
+        "rl.lease_timeout_s=0.5",
+    )
     said = refused("rl", "--config", tiny, f"run.dir={unfinished}", *settings)
     assert "No rollout worker has started in 1 s" in said and "64 CPUs" in said
     (left,) = (unfinished / "stacks").iterdir()
@@ -330,6 +339,61 @@ def test_an_empty_split_is_refused_before_anything_is_measured(
     assert "test split" in said and "evaluate.split=validation" in said
 
 
+def test_problems_that_a_policy_was_trained_on_are_not_put_to_it(
+    refused: Refuse, problems: Callable[..., str], tmp_path: Path
+) -> None:
+    """The test split of a fifth held out is, of a twentieth, all training."""
+    file = problems(*(GOOD | {"question": f"What is {n}?"} for n in range(200)))
+    made_with = {"run": {"seed": 0}, "data": DataConfig(task=file).model_dump()}
+    record = {"finished": 1.0, "settings": made_with, "steps": 1}
+    put(f"{tmp_path}/run/results/rl.json", json.dumps(record).encode())
+    here = ["evaluate", f"run.dir={tmp_path}/run", "evaluate.stages=['rl']", f"data.task={file}"]
+    said = refused(*here, "data.validation_fraction=0.2")
+    assert "was trained on every problem of this test split" in said
+    assert f"its own: data.task={file} data.validation_fraction=0.05" in said
+
+
+def test_a_stage_is_not_mixed_with_another_than_it_was_made_from(
+    refused: Refuse, finished_run: Path, tiny: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    here = ["--config", tiny, f"run.dir={run}"]
+    record = run / "results/sft.json"
+    made_again = json.loads(record.read_text())
+    made_again["finished"] += 1e6
+    record.write_text(json.dumps(made_again))
+    said = refused("rl", *here)
+    assert "made from another sft" in said and f"Delete {run}/results/rl.json and" in said
+    record.unlink()
+    said = refused("pipeline", *here)
+    assert "a finished rl stage, but not the sft stage that it was made from" in said
+    assert not record.exists()
+
+
+def test_two_commands_do_not_train_in_one_run_directory(
+    refused: Refuse, unfinished: Path, tiny: str
+) -> None:
+    here = ("rl", "--config", tiny, f"run.dir={unfinished}")
+    with alone_in(str(unfinished)):
+        assert "Another command is training in" in refused(*here)
+
+    class Other:
+        """Has the name that a run's stream has in its cluster."""
+
+        def is_up(self) -> bool:
+            return True
+
+    config = with_absolute_paths(load_config(tiny, [f"run.dir={unfinished}"]))
+    hired: Any = ray.remote(num_cpus=0)(Other)
+    other = hired.options(name="stream", namespace=namespace(config)).remote()
+    ray.get(other.is_up.remote())
+    try:
+        assert "Another command is training in" in refused(*here)
+    finally:
+        ray.kill(other)
+
+
 def test_what_a_pipeline_could_not_evaluate_is_refused_before_it_trains(
     refused: Refuse, tiny: str, without_test: str, tmp_path: Path
 ) -> None:
@@ -338,6 +402,8 @@ def test_what_a_pipeline_could_not_evaluate_is_refused_before_it_trains(
     assert "test split" in said and "evaluate.split=validation" in said
     said = refused(*here, f"--against={tmp_path}/nobody:sft")
     assert f"no whole checkpoint of the sft stage in {tmp_path}/nobody" in said
+    said = refused(*here, f"--against={tmp_path}/nobody:stf")
+    assert "the stage 'stf', but there are only base, mid, sft, rl" in said
     assert not (tmp_path / "run").exists()
 
 

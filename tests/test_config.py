@@ -53,7 +53,7 @@ def test_values_need_no_quotes(override: str, section: str, key: str, value: obj
     [
         [],
         ["rl.mask_ratio=inf", "model.width=96", "model.heads=3"],
-        ["data.mid={chat = 0.5, 'a b\"' = 1}", "evaluate.k=[1]", "data.max_train_problems=3"],
+        ["data.mid={chat = 0.5, arc = 1}", "evaluate.k=[1]", "data.max_train_problems=3"],
         [r'run.dir="tab\t, quote \", slash \\, newline \n, DEL \u007F, é 你 🙂"'],
     ],
 )
@@ -69,6 +69,15 @@ def test_every_preset_is_a_valid_configuration() -> None:
         assert load_config(preset.stem) == load_config(str(preset))
 
 
+def test_the_presets_are_of_the_size_that_they_are_named_after() -> None:
+    for depth in (8, 20):
+        config = load_config(f"d{depth}")
+        assert (config.model.depth, config.tokenizer.vocab_size) == (depth, 65_536)
+        assert (config.data.task, config.cluster.learner_gpus > 0) == ("aqua", True)
+    small = load_config("aqua_cpu")
+    assert (small.data.task, small.cluster.learner_gpus) == ("aqua", 0)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -82,6 +91,10 @@ def test_every_preset_is_a_valid_configuration() -> None:
         ("rl.steps.x=3", "valid integer"),
         ("rl.steps=many", "rl.steps is 'many'"),
         ("rl.steps=0", "rl.steps is 0, but: input should be greater than 0"),
+        ("rl.lease_timeout_s=300", "Try rl.wait_timeout_s=900."),
+        ("evaluate.k=4", "Write evaluate.k='[4]'."),
+        ("data.corpus=x.txt", "Write data.corpus='[\"x.txt\"]'."),
+        ("data.mid=5", "Write data.mid='{\"task\" = 1.0}'."),
         ("rl.temperature=0", "greater than or equal to 0.2"),
         ("rl.temperature=nan", "rl.temperature is nan"),
         ("rl.loss=dpo", "'reinforce', 'ppo', 'gspo' or 'cispo'"),
@@ -234,12 +247,17 @@ def test_local_paths_are_absolute_before_a_worker_sees_them(
     assert whole.data.task == str(tmp_path / "mine.jsonl")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("a")
-    corpus = 'data.corpus=["texts/*.txt", "texts/", "none/*.txt", "arithmetic"]'
-    assert with_absolute_paths(load_config(None, [corpus])).data.corpus == (
-        *(f"{tmp_path}/texts/*.txt", f"{tmp_path}/texts"),
+    (tmp_path / "aqua").mkdir()
+    corpus = 'data.corpus=["texts/*.txt", "texts/", "texts", "none/*.txt", "arithmetic"]'
+    here = with_absolute_paths(load_config(None, [corpus, "data.task=texts"])).data
+    assert here.corpus == (
+        *(f"{tmp_path}/texts/*.txt", f"{tmp_path}/texts", f"{tmp_path}/texts"),
         *("none/*.txt", "arithmetic"),
     )
-    far = with_absolute_paths(load_config(None, ["run.dir=gs://bucket/x", "data.task=aqua"]))
+    assert here.task == f"{tmp_path}/texts"
+    below = with_absolute_paths(load_config(None, ['data.corpus=["texts"]', "data.root=/data"]))
+    assert below.data.corpus == ("texts",)
+    far = with_absolute_paths(load_config(None, ["run.dir=gs://bucket/x/", "data.task=aqua"]))
     assert (far.run.dir, far.data.task, far.data.corpus) == (
         "gs://bucket/x",
         "aqua",

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from aquarl.cli import main
 from aquarl.cluster import doctor as module
 from aquarl.cluster.doctor import GIB, Finding, doctor, print_findings
 
@@ -228,3 +229,12 @@ def test_a_running_cluster_is_seen_with_its_token_and_not_without(
         found = module.check_cluster(address)
         assert found.state == "lack" and "does not let us in" in found.what
         assert token not in found.what
+
+
+def test_the_command_prints_what_it_found(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", f"run.dir={tmp_path}/run"]) == 0
+    printed = capsys.readouterr().out
+    for finding in module.doctor(f"{tmp_path}/run", None):
+        assert finding.name in printed

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load, save
 
 import aquarl.serve.export as export_module
+from aquarl.cli import main
 from aquarl.cluster.results import finished_checkpoint
 from aquarl.config import EvaluateConfig
 from aquarl.errors import AquarlError, CheckpointError, ConfigError, StorageError
@@ -280,10 +281,11 @@ def bucket() -> Iterator[str]:
 
 
 def test_a_bucket_receives_what_was_checked(
-    run: str, exported: str, bucket: str, tmp_path: Path
+    run: str, exported: str, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = f"{bucket}/models/sft"
-    assert f"It is in {address}." in publish(finished_checkpoint(run, "sft"), address)
+    assert main(["publish", address, f"run.dir={run}", "--stage", "sft"]) == 0
+    assert f"It is in {address}." in capsys.readouterr().out
     fs = fsspec.filesystem("s3")
     fs.get(f"{address}/", f"{tmp_path}/", recursive=True)
     arrived = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

@@ -160,6 +160,10 @@ def test_a_finished_command_leaves_its_run_directory_and_nothing_else(finished: 
     assert not [f for f in finished.run.rglob("*") if f.name.endswith((".writing", ".replaced"))]
 
 
+SOON = ("rl.wait_timeout_s=0.01", "rl.lease_timeout_s=0.009")
+"""No worker is up by then."""
+
+
 @pytest.mark.parametrize("ending", ["interrupt", "failure"])
 def test_a_command_that_ends_early_leaves_nothing_either(
     ending: str, after_sft: Path, tiny: str
@@ -168,7 +172,7 @@ def test_a_command_that_ends_early_leaves_nothing_either(
     is_failing = ending == "failure"
     seen = watched(
         after_sft, "rl", "--config", tiny, "rl.steps=2000",
-        *(["rl.wait_timeout_s=0.01"] if is_failing else []),
+        *(SOON if is_failing else []),
         until=lambda: not is_failing and latest_checkpoint(f"{after_sft}/checkpoints/rl"),
     )  # fmt: skip
     assert seen.status == (2 if is_failing else 130), seen.said.decode()
@@ -211,7 +215,7 @@ def test_a_lasting_cluster_gets_everything_back(
 ) -> None:
     settings = {
         "success": ["rl.steps=2"],
-        "failure": ["rl.steps=2000", "rl.wait_timeout_s=0.01"],
+        "failure": ["rl.steps=2000", *SOON],
         "interrupt": ["rl.steps=2000"],
     }[ending]
     if ending == "interrupt":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from aquarl.cli import main
 from aquarl.cluster.results import finished_policy
 from aquarl.config import load_config
 from aquarl.data.tokenizer import Tokenizer
+from aquarl.evaluate.report import write_report
 from aquarl.model.checkpoint import checkpoints, latest_checkpoint
 from aquarl.observe.metrics import read_metrics
+from aquarl.records import Conversation, Message, Sampling
 from aquarl.rl.prompts import PromptSource
-from aquarl.tasks.catalog import load_problems
+from aquarl.serve.chat import reply, stream_text
+from aquarl.tasks.catalog import load_problems, not_trained_on
 from tests.conftest import rows
 from tests.fakes import REAL, real_data
 
@@ -126,6 +131,22 @@ def test_evaluate_prints_one_json_object_and_nothing_else(
     assert greedy["n"] == 12 and greedy["low"] <= greedy["accuracy"] <= greedy["high"]
 
 
+def test_a_policy_answers_at_the_terminal(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = "What is 2 + 3?"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{question}\n"))
+    likeliest = ("--temperature", "0", "--max-new-tokens", "7", "--stage", "sft")
+    assert main(["chat", f"run.dir={finished_run}", *likeliest]) == 0
+    printed = capsys.readouterr().out
+    words = Tokenizer.load(f"{finished_run}/tokenizer")
+    prompt = words.render_prompt(Conversation((Message("user", question),), source="chat"))
+    policy = finished_policy(str(finished_run), "sft", words.fingerprint)
+    ids = reply(policy, words, prompt, Sampling(7, 0.0), torch.Generator())
+    said = "".join(stream_text(words, ids))
+    assert said and f"policy> {said}" in printed
+
+
 def test_a_pipeline_prints_one_json_object_and_says_the_rest_on_stderr(
     after_sft: Path, tiny: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,12 +204,20 @@ def test_a_run_against_its_own_copy_differs_in_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """On more problems than were held out when they were made, less those of training."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     copy = tmp_path / "copy"
     shutil.copytree(finished_run, copy)
     here = ["evaluate", "--config", tiny, f"run.dir={copy}", "--json", "evaluate.stages=['rl']"]
-    assert main([*here, "--against", f"{finished_run}:rl"]) == 0
+    assert main([*here, "--against", f"{finished_run}:rl", "data.held_out_problems=300"]) == 0
     printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    then, now = (load_config(tiny, [f"data.held_out_problems={n}"]).data for n in (16, 300))
+    unseen = len(not_trained_on(then, 0, load_problems(now, 0).test))
+    assert 0 < printed["left_out"] == 300 - unseen
+    left_out = " of the split left out: a policy measured here was made with other settings"
+    write_report(str(copy))
+    assert left_out in (copy / "report.md").read_text()
+    assert left_out not in (finished_run / "report.md").read_text()
     compared = printed["comparisons"][-1]
     assert (compared["a"], compared["b"]) == (f"{finished_run}:rl", "rl")
     assert compared["p_value"] == 1.0 and compared["difference"] == 0.0
@@ -210,12 +239,16 @@ def test_the_tokenizer_has_a_run_of_its_own_and_says_how_it_compresses(
 
 
 @pytest.mark.slow
-def test_stages_one_by_one_give_the_weights_of_the_pipeline(
+def test_stages_one_by_one_give_the_weights_of_the_pipeline_and_so_does_one_that_is_resumed(
     finished_run: Path, tiny: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "one by one"
+    halfway = "checkpoints/base/step_000002"
+    shutil.copytree(finished_run / halfway, folder / halfway)
     for stage in ("tokenizer", "base", "mid"):
         assert main([stage, "--config", tiny, f"run.dir={folder}"]) == 0
+    curve = read_metrics(str(folder))["base"]
+    assert [row["step"] for row in curve if "loss/train" in row] == [2, 3]
     for stage in ("base", "mid"):
         here, there = (
             Path(str(latest_checkpoint(f"{run}/checkpoints/{stage}"))) / "weights.safetensors"

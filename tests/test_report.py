@@ -135,8 +135,7 @@ def make_run(run_dir: str) -> None:
     fs, folder = fsspec.url_to_fs(run_dir)
     fs.pipe_file(f"{folder}/ledger.jsonl", spans.encode())
     fs, folder = fsspec.url_to_fs(run_dir)
-    config = Config.model_validate({"track": {"price_per_hour": 10.0}})
-    fs.pipe_file(f"{folder}/config.toml", to_toml(config).encode())
+    fs.pipe_file(f"{folder}/config.toml", to_toml(Config()).encode())
     row = {
         "step": 119,
         "prompt": "Ann has 7.\nA)12",
@@ -151,7 +150,7 @@ def make_run(run_dir: str) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     make_run(str(folder))
-    assert write_report(str(folder)) == f"{folder}/report.md"
+    assert write_report(str(folder), price_per_hour=10.0) == f"{folder}/report.md"
     return folder
 
 

@@ -12,16 +12,19 @@ from typing import Any
 import datasets
 import pytest
 
-from aquarl.config import DataConfig
+from aquarl.config import DataConfig, load_config
 from aquarl.data.tokenizer import Tokenizer
-from aquarl.errors import DataError
-from aquarl.records import Message
+from aquarl.errors import ConfigError, DataError
+from aquarl.records import Conversation, Message, Problem
 from aquarl.tasks import arc, mmlu
+from aquarl.tasks.base import question_key, to_conversation
 from aquarl.tasks.catalog import (
+    check_mid_sources,
     corpus_documents,
-    load_conversations,
     load_problems,
+    mid_source,
     mixture,
+    not_trained_on,
     repeated,
 )
 from aquarl.tasks.chat import conversation_from_row, load_chat
@@ -31,6 +34,11 @@ from tests.fakes import REAL, real_data
 
 needs_real_data = real_data("gsm8k")
 FOUR = ["A)1", "B)2", "C)3", "D)4"]
+
+
+def conversations(name: str, config: DataConfig, split: str) -> list[Conversation]:
+    items = mid_source(name, config, 0, split)
+    return [to_conversation(item) if isinstance(item, Problem) else item for item in items]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -87,12 +95,36 @@ def test_dialogues_of_one_system_prompt_stand_on_both_sides(tmp_path: Path) -> N
 def test_an_unknown_name_is_answered_with_the_nearest_known() -> None:
     with pytest.raises(DataError, match=r"data\.task names 'aqau'.*Did you mean aqua\?"):
         load_problems(config_of(task="aqau"), 0)
-    with pytest.raises(DataError, match=r"data\.mid names 'gsm8'.*Did you mean gsm8k\?"):
-        mixture(config_of(mid={"gsm8": 1.0}), 0)
-    with pytest.raises(DataError, match=r"data\.mid names 'caht'.*Did you mean chat\?"):
-        mixture(config_of(mid={"caht": 0.0, "task": 1.0}), 0)
+    for passes in (0, 1):
+        with pytest.raises(ConfigError, match=r"data\.mid\.caht is 'caht', but: .*'chat'"):
+            load_config(None, [f"data.mid.caht={passes}"])
     with pytest.raises(DataError, match=r"There is no .*mine\.jsonl"):
         load_problems(config_of(task="mine.jsonl"), 0)
+
+
+def test_files_of_a_source_that_are_not_there_are_named_before_anything_is_trained(
+    root: Path,
+) -> None:
+    config = config_of(root, mid={"chat": 0.5, "mmlu": 1.0, "task": 1.0, "gsm8k": 0.0})
+    for unused in ("gsm8k", "arc"):
+        (root / unused).rename(root / f"no {unused}")
+    check_mid_sources(config)
+    (root / "mmlu").rename(root / "no mmlu")
+    with pytest.raises(DataError, match=r"asks for mmlu, .* no .*/mmlu\..*data\.mid\.mmlu=0"):
+        check_mid_sources(config)
+
+
+def test_what_a_policy_was_trained_on_is_not_put_to_it_again() -> None:
+    small: dict[str, Any] = {"difficulty": 1, "largest_number": 5, "train_problems": 900}
+    small["held_out_problems"] = 100
+    then, now = config_of(mid={"task": 1.0, "easy": 1.0}, **small), config_of(**small)
+    problems = load_problems(now, 1).test
+    kept = not_trained_on(then, 0, problems)
+    seen = [*load_problems(then, 0).train, *mid_source("easy", then, 0, "train")]
+    keys = {question_key(item) for item in seen}
+    assert [p for p in problems if question_key(p) not in keys] == kept
+    assert 0 < len(kept) < len(problems)
+    assert not_trained_on(now, 1, problems) == [*problems]
 
 
 def test_a_task_file_is_found_as_typed_or_below_the_root(tmp_path: Path) -> None:
@@ -181,7 +213,7 @@ def test_without_a_root_everything_comes_from_the_hub(monkeypatch: pytest.Monkey
         questions = [problem.question for problem in arc.load_arc(config, split)]
         assert questions == [f"ARC-Easy {split}?", f"ARC-Challenge {split}?"]
     for source in ("gsm8k", "chat"):
-        parts = [load_conversations(source, config, 0, split) for split in ("train", "validation")]
+        parts = [mid_source(source, config, 0, split) for split in ("train", "validation")]
         assert min(map(len, parts)) > 0 and sum(map(len, parts)) == 200
     texts = [*corpus_documents(config, 0, "train"), *corpus_documents(config, 0, "validation")]
     assert sorted(texts, key=int) == [f"{i}" for i in range(200)]
@@ -216,7 +248,7 @@ def test_dialogues_must_alternate() -> None:
 @pytest.mark.parametrize("name", ["chat", "gsm8k", "mmlu", "arc", "task"])
 def test_a_source_never_shows_validation_in_training(root: Path, name: str) -> None:
     config = config_of(root, validation_fraction=0.2)
-    train, held_out = (load_conversations(name, config, 0, s) for s in ("train", "validation"))
+    train, held_out = (conversations(name, config, s) for s in ("train", "validation"))
     asked = [{c.messages[0].content for c in part} for part in (train, held_out)]
     assert asked[0] and asked[1] and not asked[0] & asked[1]
     ids, is_learned = Tokenizer({bytes([i]): i for i in range(256)}).render_conversation(train[0])
@@ -230,8 +262,8 @@ def test_a_question_held_out_of_mmlu_or_arc_is_not_trained_under_other_options(r
         other = {"question": "Another", "options": FOUR, "correct": "A"}
         write(root / f"{name}/{train}.jsonl", [again, other])
         write(root / f"{name}/{held_out}.jsonl", [{**other, "question": "held out"}])
-        (kept,) = load_conversations(name, config, 0)
-        assert kept.messages[0].content.startswith("Another")
+        (kept,) = mid_source(name, config, 0, "train")
+        assert isinstance(kept, Problem) and kept.question.startswith("Another")
 
 
 def test_mmlu_trains_on_the_auxiliary_file_where_there_is_one(root: Path) -> None:
@@ -313,12 +345,12 @@ def test_generated_and_read_text_alternate_even_in_characters(tmp_path: Path) ->
 def test_the_real_sources_are_all_there() -> None:
     config = config_of(REAL, task="aqua")
     sizes = {
-        name: tuple(len(load_conversations(name, config, 0, s)) for s in ("train", "validation"))
+        name: tuple(len(mid_source(name, config, 0, s)) for s in ("train", "validation"))
         for name in ("chat", "gsm8k", "mmlu", "arc")
     }
     assert sum(sizes["chat"]) == 9_759 and sum(sizes["gsm8k"]) == 7_473
     assert sizes["mmlu"] == (1_529, 285)  # of 1,531, one has its right option twice, one is in both
     assert sizes["arc"] == (3_367, 869)  # three more stand in both files
-    for conversation in load_conversations("gsm8k", config, 0):
+    for conversation in conversations("gsm8k", config, "train"):
         said = conversation.messages[1].content
         assert "<<" not in said and said.splitlines()[-1].startswith("Answer: ")

@@ -6,6 +6,7 @@ The prompts of a question are dealt out to the actors in turn and come back in o
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,17 +19,19 @@ from aquarl.cluster.results import (
     finished_checkpoint,
     finished_policy,
     run_and_stage,
+    settings_made_with,
 )
 from aquarl.cluster.rollout_pool import sampler_maker, unused
 from aquarl.cluster.waits import wait_for
-from aquarl.config import Config
+from aquarl.config import Config, DataConfig
 from aquarl.data.tokenizer import Tokenizer
+from aquarl.errors import ConfigError, DataError, StorageError
 from aquarl.evaluate.evaluator import compare, evaluate_policy, evaluation_summary
 from aquarl.model.checkpoint import read_meta
 from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT
 from aquarl.records import Problem, Prompt, Rollout, Sampling, Weights
-from aquarl.tasks.catalog import problems_to_evaluate
+from aquarl.tasks.catalog import not_trained_on, problems_to_evaluate, split_by
 
 logger = logging.getLogger(__name__)
 
@@ -159,13 +162,13 @@ def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str
 
     Raises:
         CheckpointError: A checkpoint is missing, damaged, or of another vocabulary.
-        ConfigError: The split is empty.
+        ConfigError: The split is empty, or a policy was trained on all of it.
     """
-    problems = problems_to_evaluate(config)
     stages = config.evaluate.stages
     places: list[tuple[str, str]] = [(config.run.dir, stage) for stage in stages]
     if against is not None:
         places.append(run_and_stage(against, stages[-1]))
+    problems, left_out = _unseen_problems(config, places)
     words = {folder: Tokenizer.load(f"{folder}/tokenizer") for folder in dict(places)}
     policies = [
         (finished_policy(folder, stage, words[folder].fingerprint), words[folder])
@@ -177,11 +180,47 @@ def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str
     summary = evaluation_summary(
         config.evaluate.split, dict(zip(stages, measured[: len(stages)], strict=True))
     )
+    summary["left_out"] = left_out
     if against is not None:
         here, other = measured[-2:]
         summary["stages"][against] = other
         summary["comparisons"].append({"a": against, "b": stages[-1], **compare(other, here)})
     return summary
+
+
+def _unseen_problems(
+    config: Config, places: Sequence[tuple[str, str]]
+) -> tuple[Sequence[Problem], int]:
+    """Return the problems of the split that no policy was trained on, and how many are left out.
+
+    None are, where the policies were made with the settings of this evaluation: splits are
+    disjoint.
+    """
+    whole = problems_to_evaluate(config)
+    here, problems = split_by(config.data, config.run.seed), [*whole]
+    for run_dir, stage in places:
+        made_with = settings_made_with(run_dir, stage)
+        if not made_with:
+            continue  # imported: nobody knows what it has seen
+        data, seed = DataConfig.model_validate(made_with["data"]), made_with["run"]["seed"]
+        then = split_by(data, seed)
+        if then == here:
+            continue
+        try:
+            problems = not_trained_on(data, seed, problems)
+        except (DataError, StorageError) as error:
+            warnings.warn(
+                f"{stage} of {run_dir} may have been trained on some of these problems: what it "
+                f"was trained on is no longer there. {error}",
+                stacklevel=2,
+            )
+        if not problems:
+            raise ConfigError(
+                f"{stage} of {run_dir} was trained on every problem of this "
+                f"{config.evaluate.split} split, as it was made with other settings. Evaluate with "
+                f"its own: {' '.join(f'{key}={value}' for key, value in then.items())}"
+            )
+    return problems, len(whole) - len(problems)
 
 
 def _which(run_dir: str, stage: str) -> dict[str, Any]:

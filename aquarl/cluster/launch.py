@@ -16,12 +16,16 @@ from typing import Any
 
 import fsspec
 import ray
+from ray.exceptions import ActorAlreadyExistsError
 from rich.console import Console
 
 from aquarl.cluster.connection import beside_driver, cluster_address, connected, namespace
 from aquarl.cluster.errors import plain_errors
 from aquarl.cluster.kinds import evaluation_kind, first_kinds, kinds_of
 from aquarl.cluster.results import (
+    COMES_FROM,
+    alone_in,
+    already_running,
     finished_at,
     finished_checkpoint,
     put_json,
@@ -34,7 +38,7 @@ from aquarl.cluster.results import (
     tokenizer_folder,
 )
 from aquarl.config import Config, RolloutKind
-from aquarl.errors import ClusterError
+from aquarl.errors import ClusterError, ConfigError
 
 TOKENIZER_WITHIN_S = 2 * 3600.0
 CHARACTERS_LOOKED_AT = 100_000
@@ -57,14 +61,25 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
     since = time.time()
     missing = tuple(stage for stage in stages if not stands(config, stage))
     for stage in stages:
+        if stage not in missing and (before := COMES_FROM.get(stage)) in missing:
+            raise ConfigError(
+                f"{config.run.dir} holds a finished {stage} stage, but not the {before} stage that "
+                f"it was made from. Delete results/{stage}.json and checkpoints/{stage} there too, "
+                "or choose another run.dir."
+            )
+    for stage in stages:
         if stage not in missing:
             print(f"{stage:>9}  stands already in {config.run.dir}", file=sys.stderr)
     if not missing:
         return
     if "rl" in missing:
         check_engine(config, kinds_of(config), config.rl.temperature)
+    if "mid" in missing:
+        from aquarl.tasks.catalog import check_mid_sources
+
+        check_mid_sources(config.data)
     require_predecessor(config, missing[0])
-    with connected(config), settings_kept(config), plain_errors():
+    with connected(config), alone_in(config.run.dir), settings_kept(config), plain_errors():
         _run(config, missing, since)
 
 
@@ -169,11 +184,13 @@ def hired_stream(config: Config, *, wanted: bool) -> Iterator[Any]:
     from aquarl.cluster.stream_actor import StreamActor
 
     # In RL its death is a failure of the learners, and counted there.
-    stream: Any = (
-        ray.remote(num_cpus=0, max_restarts=-1)(StreamActor)
-        .options(name="stream", namespace=namespace(config), scheduling_strategy=beside_driver())
-        .remote(config)
+    hired = ray.remote(num_cpus=0, max_restarts=-1)(StreamActor).options(
+        name="stream", namespace=namespace(config), scheduling_strategy=beside_driver()
     )
+    try:
+        stream: Any = hired.remote(config)
+    except ActorAlreadyExistsError as error:
+        raise ClusterError(already_running(config.run.dir)) from error
     try:
         yield stream
     finally:
@@ -268,7 +285,7 @@ def check_resources(config: Config, learners: int, hired: Sequence[RolloutKind])
         if needed > there:
             advice = (
                 "Lower rl.rollout_workers or cluster.learners, or give each a share: "
-                "cluster.rollout_cpus=0.5."
+                "cluster.learner_cpus=0.5 cluster.rollout_cpus=0.5."
                 if kind == "CPU"
                 else "To let a learner and a worker share a GPU, set cluster.learner_gpus=0.5 and "
                 "cluster.rollout_gpus=0.5. To use CPUs, set both to 0. Or name a cluster that has "

@@ -8,19 +8,26 @@ to be done twice are in it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
 
 from aquarl.config import Config, to_toml
-from aquarl.errors import AquarlError, CheckpointError, ConfigError, StorageError
+from aquarl.errors import (
+    AquarlError,
+    CheckpointError,
+    ClusterError,
+    ConfigError,
+    StorageError,
+)
 from aquarl.evaluate.scores import validation_text
 from aquarl.records import Metrics
 from aquarl.storage import find, get, put
@@ -66,21 +73,40 @@ def stands(config: Config, stage: str) -> bool:
     the same.
 
     Raises:
-        ConfigError: It was finished, or begun, with others, or its record is damaged.
+        ConfigError: It was finished, or begun, with others, or before the stage that it comes from
+            was made again, or its record is damaged.
     """
     path = f"{config.run.dir}/results/{stage}.json"
-    folder = f"{config.run.dir}/checkpoints/{stage}"
-    if (recorded := _get_record(path)) is not None:
-        made = tokenizer_folder(config) if stage == "tokenizer" else folder
-        _require_same(config, stage, recorded["settings"], "a finished", f"{path} and {made}")
-        return True
-    fs, where = fsspec.url_to_fs(folder)
-    if fs.isdir(where):
-        from aquarl.model.checkpoint import newest_facts
+    made = f"{config.run.dir}/checkpoints/{stage}"
+    if stage == "tokenizer":
+        made = tokenizer_folder(config)
+    made_with = settings_made_with(config.run.dir, stage)
+    if (finished := finished_at(config.run.dir, stage)) is None:
+        _require_same(config, stage, made_with, "an unfinished", made)
+        return False
+    _require_same(config, stage, made_with, "a finished", f"{path} and {made}")
+    before = COMES_FROM.get(stage)
+    if before and (finished_at(config.run.dir, before) or 0) > finished:
+        raise ConfigError(
+            f"{config.run.dir} holds a {stage} stage that was made from another {before} than the "
+            f"one there now. Delete {path} and {made} to make it again."
+        )
+    return True
 
-        recorded = newest_facts(folder).get("settings", {})
-        _require_same(config, stage, recorded, "an unfinished", folder)
-    return False
+
+def settings_made_with(run_dir: str, stage: str) -> Settings:
+    """Return what `settings_of` was when a stage was made, or begun; {} if nobody knows."""
+    if (recorded := _get_record(f"{run_dir}/results/{stage}.json")) is not None:
+        settings: Settings = recorded["settings"]
+        return settings
+    folder = f"{run_dir}/checkpoints/{stage}"
+    fs, where = fsspec.url_to_fs(folder)
+    if not fs.isdir(where):
+        return {}
+    from aquarl.model.checkpoint import newest_facts
+
+    begun_with: Settings = newest_facts(folder).get("settings", {})
+    return begun_with
 
 
 def _require_same(config: Config, stage: str, recorded: Settings, kind: str, remove: str) -> None:
@@ -237,7 +263,8 @@ def finished_checkpoint(run_dir: str, stage: str) -> str:
         if newest is None:
             raise CheckpointError(
                 f"There is no whole checkpoint of the {stage} stage in {run_dir}. Run `aquarl "
-                f"{stage}` with the same settings first, or name the run and the stage you mean."
+                f"{stage}` with the same settings first, or name a run and a stage that are there: "
+                "run.dir=DIR, evaluate.stages='[\"sft\"]', --stage sft, --against DIR:STAGE."
             )
         return newest
     folder = checkpoint_folder(run_dir, stage, recorded["steps"])
@@ -253,9 +280,45 @@ def finished_checkpoint(run_dir: str, stage: str) -> str:
 
 
 def run_and_stage(named: str, default: str) -> tuple[str, str]:
-    """Return what "DIR" or "DIR:STAGE" names; the colon of gs:// is none of ours."""
+    """Return what "DIR" or "DIR:STAGE" names; the colon of gs:// is none of ours.
+
+    Raises: ConfigError, if there is no such stage.
+    """
     folder, colon, stage = named.rpartition(":")
-    return (folder, stage) if colon and "/" not in stage else (named, default)
+    if not colon or "/" in stage:
+        folder, stage = named, default
+    if stage not in COMES_FROM:
+        raise ConfigError(
+            f"{named} names the stage {stage!r}, but there are only {', '.join(COMES_FROM)}. "
+            f"Write {folder}:{default}."
+        )
+    return folder.rstrip("/"), stage
+
+
+@contextmanager
+def alone_in(run_dir: str) -> Iterator[None]:
+    """Keep other commands of this machine from training in a run directory, if it is local.
+
+    A lock goes with its process, however that ends. Raises: ClusterError, if another has it.
+    """
+    with ExitStack() as held:
+        if "://" not in run_dir:
+            with suppress(OSError):  # who writes there next says better what is wrong
+                Path(run_dir).mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context(Path(run_dir, ".lock").open("w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ClusterError(already_running(run_dir)) from None
+        yield
+
+
+def already_running(run_dir: str) -> str:
+    return (
+        f"Another command is training in {run_dir}, and two would write over each other's "
+        "checkpoints. Wait for it or stop it (`aquarl status "
+        f"run.dir={run_dir}` shows how far its RL is), or choose another run.dir."
+    )
 
 
 @contextmanager

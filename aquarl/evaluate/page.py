@@ -240,10 +240,24 @@ def _how_it_was_measured(evaluation: dict[str, Any]) -> list[str]:
     """Return a sentence on it, or nothing for a result that does not say."""
     if not (settings := evaluation.get("settings")):
         return []
+    cut = "".join(
+        f", {name.replace('_', '-')} {settings[name]:g}"
+        for name, whole in (("top_k", 0), ("top_p", 1))
+        if settings.get(name, whole) != whole
+    )
+    left_out = evaluation.get("left_out", 0)
     return [
         f"Sampled: {settings['samples']} answers a problem at temperature "
-        f"{settings['temperature']:g}. All answers end after {settings['max_new_tokens']} tokens. "
-        f"The evaluation took {_time(evaluation.get('wall_s'))}."
+        f"{settings['temperature']:g}{cut}. All answers end after {settings['max_new_tokens']} "
+        f"tokens. The evaluation took {_time(evaluation.get('wall_s'))}.",
+        *(
+            [
+                f"{_plural(left_out, 'problem')} of the split left out: a policy measured here "
+                "was made with other settings, and trained on them."
+            ]
+            if left_out
+            else []
+        ),
     ]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,13 @@ PER_PROBLEM = ("problem_ids", "chosen", "is_correct")
 """Lists that stay in `results/evaluate.json`."""
 
 
-def write_report(run_dir: str) -> str:
+def write_report(run_dir: str, price_per_hour: float = 0.0) -> str:
     """Write `report.md`, `report.json` and `plots/*.png` into a run directory.
 
     Everything is made before anything is written, so a failure leaves an earlier report whole.
+
+    Args:
+        price_per_hour: Of the cluster, in any currency. 0: the page has no column for cost.
 
     Returns:
         The path of `report.md`.
@@ -47,7 +49,7 @@ def write_report(run_dir: str) -> str:
         DataError: The directory holds nothing of a run, or a result in it is damaged.
         StorageError: The report cannot be written there, or nobody can tell what is there.
     """
-    facts = gather(run_dir)
+    facts = gather(run_dir, price_per_hour)
     plots = all_plots(facts.pop("curves"), facts.pop("ledger"), facts["evaluation"])
     facts["plots"] = [f"plots/{name}" for name in plots]
     page = markdown(facts)
@@ -59,7 +61,7 @@ def write_report(run_dir: str) -> str:
     return f"{run_dir.rstrip('/')}/report.md"
 
 
-def gather(run_dir: str) -> dict[str, Any]:
+def gather(run_dir: str, price_per_hour: float = 0.0) -> dict[str, Any]:
     """Return everything that the page is made of. Raises: DataError, as in `write_report`."""
     folder = run_dir.rstrip("/")
     curves = read_metrics(run_dir)
@@ -73,10 +75,8 @@ def gather(run_dir: str) -> dict[str, Any]:
         )
     if evaluation.get("stages"):
         evaluation = _of_what_stands(evaluation, results)
-    config = _text(f"{folder}/config.toml")
-    price = _price_per_hour(config)
     stages = {
-        stage: _stage_facts(stage, results[stage], curves.get(stage, []), price)
+        stage: _stage_facts(stage, results[stage], curves.get(stage, []), price_per_hour)
         for stage in STAGES
         if results[stage] or stage in curves
     }
@@ -87,7 +87,7 @@ def gather(run_dir: str) -> dict[str, Any]:
         "evaluation": evaluation,
         "environment": environment(),
         "transcript": _last_transcript(folder),
-        "config": config,
+        "config": _text(f"{folder}/config.toml"),
         "ledger": read_ledger(run_dir),
         "curves": {stage: curves[stage] for stage in (*STAGES, *curves) if stage in curves},
     }
@@ -193,13 +193,6 @@ def _text(path: str) -> str:
         return get(path).decode(errors="replace")
     except FileNotFoundError:
         return ""
-
-
-def _price_per_hour(config: str) -> float:
-    try:
-        return float(tomllib.loads(config).get("track", {}).get("price_per_hour", 0.0))
-    except (tomllib.TOMLDecodeError, TypeError, ValueError):
-        return 0.0
 
 
 def _last_transcript(folder: str) -> dict[str, Any]:

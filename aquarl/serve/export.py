@@ -66,6 +66,7 @@ def export(checkpoint: str, out: str, format: Format = "hf") -> str:
         )
     if out.startswith("hf://"):
         raise ConfigError(f"{out} is on the hub; sending there is `aquarl publish {out}`.")
+    out = out.rstrip("/") or out
     _refuse_occupied(out)
     files, what = _checked_files(checkpoint, format, aside=_folder_above(out))
     with _storing(out):

@@ -15,7 +15,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from aquarl.config import Config, DataConfig
 from aquarl.data.corpus import documents
@@ -31,7 +31,6 @@ from aquarl.tasks.gsm8k import load_gsm8k
 from aquarl.tasks.mmlu import load_mmlu
 
 TASKS = ("arithmetic", "aqua")
-MID_SOURCES = ("chat", "gsm8k", "mmlu", "arc", "task", "easy")
 
 T = TypeVar("T")
 
@@ -61,7 +60,11 @@ def _all_problems(config: DataConfig, seed: int) -> Splits:
     if config.task == "aqua":
         return load_aqua(config)
     if "/" not in config.task and "." not in config.task and not exists(config.task):
-        raise DataError(_unknown("data.task", config.task, TASKS, " or the path of a JSONL file"))
+        close = difflib.get_close_matches(config.task, TASKS, n=1)
+        raise DataError(
+            f"data.task names {config.task!r}, but there are only {', '.join(TASKS)} or the path "
+            "of a JSONL file." + (f" Did you mean {close[0]}?" if close else "")
+        )
     below_root = join(config.root, config.task)
     return load_jsonl(config.task if exists(config.task) else below_root, config)
 
@@ -78,20 +81,72 @@ def problems_to_evaluate(config: Config) -> tuple[Problem, ...]:
     return problems
 
 
-def load_conversations(
-    name: str, config: DataConfig, seed: int, split: str = "train"
-) -> list[Conversation]:
-    """Return the conversations of one source of the mid mixture, in the order of its files.
+def split_by(config: DataConfig, seed: int) -> dict[str, Any]:
+    """Return the settings that decide which problems are held out of training, by name."""
+    if config.task != "arithmetic":
+        return {"data.task": config.task, "data.validation_fraction": config.validation_fraction}
+    keys = ("task", "difficulty", "largest_number", "train_problems", "held_out_problems")
+    return {f"data.{key}": getattr(config, key) for key in keys} | {"run.seed": seed}
+
+
+def not_trained_on(config: DataConfig, seed: int, problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems that a policy made with these settings cannot have been trained on.
+
+    Raises: DataError, where what it was trained on is no longer there.
+    """
+    seen = [*load_problems(config, seed).train]
+    if config.mid.get("easy"):
+        seen += cast(Sequence[Problem], mid_source("easy", config, seed, "train"))
+    return apart_from(seen, problems)
+
+
+def check_mid_sources(config: DataConfig) -> None:
+    """Refuse files of the mid mixture that are not there, before the stage before it is trained.
+
+    Raises: DataError.
+    """
+    for name, passes in config.mid.items():
+        if config.root is None or not passes or name in ("task", "easy"):
+            continue
+        if not exists(folder := join(config.root, name)):
+            raise DataError(
+                f"data.mid asks for {name}, but there is no {folder}. Put its files there, name "
+                f"another data.root, or leave it out: data.mid.{name}=0."
+            )
+
+
+def mid_source(
+    name: str, config: DataConfig, seed: int, split: str, refused: Counter[str] | None = None
+) -> Sequence[Problem | Conversation]:
+    """Return what one source of the mid mixture holds, in the order of its files.
 
     Args:
         name: "chat", "gsm8k", "mmlu", "arc", "task": the problems of `config.task`, or "easy":
             generated problems of one step.
         split: "train" or "validation". No source gives anything of its test split.
+        refused: Rows that cannot be used are counted here, by reason.
 
     Raises:
-        DataError: There is no such source, or its files cannot be used.
+        DataError: Its files cannot be used.
     """
-    return [_as_conversation(item) for item in _source(name, config, seed, split)]
+    assert split in ("train", "validation"), split
+    if name == "chat":
+        return load_chat(config, split)
+    if name == "gsm8k":
+        return load_gsm8k(config, split)
+    if name in ("mmlu", "arc"):
+        load = load_mmlu if name == "mmlu" else load_arc
+        loaded = load(config, split, refused)
+        return loaded if split == "validation" else apart_from(load(config, "validation"), loaded)
+    if name == "task":
+        problems = load_problems(config, seed)
+        if refused is not None:
+            refused.update(problems.refused)
+        return problems.train if split == "train" else problems.validation
+    assert name == "easy", name
+    easy = arithmetic_problems(config.model_copy(update={"difficulty": 1}), seed + 1)
+    of_split = easy.train if split == "train" else easy.validation
+    return apart_from(_held_out(config, seed), of_split)
 
 
 def mixture(
@@ -106,18 +161,16 @@ def mixture(
         refused: Rows that cannot be used are counted here, by reason.
 
     Raises:
-        DataError: A source is unknown or unusable, or the mixture is empty.
+        DataError: A source is unusable, or the mixture is empty.
     """
     mixed: list[Conversation] = []
     foreign = {name for name, passes in config.mid.items() if passes} - {"task", "easy"}
     held_out = _held_out(config, seed) if foreign and split == "train" else ()
     for name, passes in config.mid.items():
         if passes == 0:
-            if name not in MID_SOURCES:
-                raise DataError(_unknown("data.mid", name, MID_SOURCES))
             continue
         rng = random.Random(f"mid {seed} {name}")
-        loaded = _source(name, config, seed, split, refused)
+        loaded = mid_source(name, config, seed, split, refused)
         if name in foreign and split == "train":
             loaded, before = apart_from(held_out, loaded), len(loaded)
             if refused is not None and len(loaded) < before:
@@ -175,30 +228,6 @@ def _alternating(finite: Iterator[str], endless: Iterator[str]) -> Iterator[str]
             ahead -= len(other)
 
 
-def _source(
-    name: str, config: DataConfig, seed: int, split: str, refused: Counter[str] | None = None
-) -> Sequence[Problem | Conversation]:
-    assert split in ("train", "validation"), split
-    if name == "chat":
-        return load_chat(config, split)
-    if name == "gsm8k":
-        return load_gsm8k(config, split)
-    if name in ("mmlu", "arc"):
-        load = load_mmlu if name == "mmlu" else load_arc
-        loaded = load(config, split, refused)
-        return loaded if split == "validation" else apart_from(load(config, "validation"), loaded)
-    if name == "task":
-        problems = load_problems(config, seed)
-        if refused is not None:
-            refused.update(problems.refused)
-        return problems.train if split == "train" else problems.validation
-    if name == "easy":
-        easy = arithmetic_problems(config.model_copy(update={"difficulty": 1}), seed + 1)
-        of_split = easy.train if split == "train" else easy.validation
-        return apart_from(_held_out(config, seed), of_split)
-    raise DataError(_unknown("data.mid", name, MID_SOURCES))
-
-
 def _held_out(config: DataConfig, seed: int) -> Sequence[Problem]:
     """Return what no stage may train on: the task's validation and test problems."""
     splits = load_problems(config, seed)
@@ -207,9 +236,3 @@ def _held_out(config: DataConfig, seed: int) -> Sequence[Problem]:
 
 def _as_conversation(item: Problem | Conversation) -> Conversation:
     return to_conversation(item) if isinstance(item, Problem) else item
-
-
-def _unknown(setting: str, name: str, known: tuple[str, ...], also: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"{setting} names {name!r}, but there are only {', '.join(known)}{also}.{hint}"

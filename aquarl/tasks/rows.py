@@ -36,20 +36,23 @@ MARK = re.compile(r"\s*[(\[]?(?P<letter>[A-Za-z])[)\].:]\s*(?P<text>.*)", re.DOT
 SECOND_MARK = re.compile(r"\(?(?P<letter>[A-Za-z])[).]\s*(?P<text>.+)", re.DOTALL)
 
 
-def split_options(options: Sequence[str]) -> tuple[str, ...]:
+def split_options(options: Sequence[str | float]) -> tuple[str, ...]:
     """Return the texts of options without their letters, each on one line.
 
     Args:
         options: Either all carry their own letter in order ("A)21" or "(A) 21" or "A.21", then
-            B, ...), or none does.
+            B, ...), or none does. Numbers stand for their text.
 
     Raises:
         Refused: Letters are missing, repeated or out of order, a text is empty, or there are not
             2 to 5 options.
     """
-    if not 2 <= len(options) <= len(LETTERS) or not all(isinstance(o, str) for o in options):
+    if not 2 <= len(options) <= len(LETTERS):
         raise Refused(f"not 2 to {len(LETTERS)} options")
-    marks = [MARK.match(option) for option in options]
+    if not all(isinstance(option, str | int | float) for option in options):
+        raise Refused("an option is neither text nor a number")
+    written = [str(option) for option in options]
+    marks = [MARK.match(option) for option in written]
     in_order = [
         mark is not None and mark["letter"].upper() == letter
         for mark, letter in zip(marks, LETTERS, strict=False)
@@ -60,10 +63,10 @@ def split_options(options: Sequence[str]) -> tuple[str, ...]:
             for mark, letter in zip(marks, LETTERS, strict=False)
             if mark is not None
         ]
-    elif all(marks) or sum(in_order) > len(options) / 2:
+    elif all(marks) or sum(in_order) > len(written) / 2:
         raise Refused("options not lettered in order")
     else:
-        texts = [" ".join(option.split()) for option in options]
+        texts = [" ".join(option.split()) for option in written]
     if not all(texts):
         raise Refused("an option is empty")
     return tuple(texts)
