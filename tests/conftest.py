@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray looks for new logs of workers twice a second, to print them at drivers; no test reads that.
 os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "3600")
+# Ray starts a worker for each CPU before anybody asks for one; many tests need fewer.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # A shell that starts this in the background has it ignore Ctrl-C, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
