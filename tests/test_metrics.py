@@ -173,12 +173,14 @@ def test_off_a_terminal_the_first_and_last_step_are_lines_and_the_rest_waits() -
 
 def test_on_a_terminal_each_stage_gets_a_bar_with_its_numbers() -> None:
     screen, out = console(is_terminal=True)
-    sink = ConsoleSink({"sft": 2}, screen)
+    sink = ConsoleSink({"sft": 2, "rl": 9}, screen)
+    sink.log("tokenizer", 0, {"vocabulary": 512})  # it has no steps to show
     sink.log("sft", 2, {"loss/train": 0.125})
     sink.log("rl", 7, {"reward/mean": 0.5})
     sink.close()
     for shown in ("sft", "2/2", "loss/train 0.125", "rl", "reward/mean 0.5"):
         assert shown in out.getvalue()
+    assert "vocabulary" not in out.getvalue()
 
 
 def test_the_headline_puts_reward_and_loss_before_the_rest() -> None:

@@ -136,7 +136,6 @@ def tokenizer_stage(config: Config, relay: Any, since: float) -> float:
     from aquarl.cluster.relay import say_finished
     from aquarl.data.batches import some_of
     from aquarl.data.tokenizer import Tokenizer
-    from aquarl.observe.metrics import make_trackers
 
     texts = tokenizer_texts(config)
     first = some_of(texts, CHARACTERS_LOOKED_AT)
@@ -147,9 +146,8 @@ def tokenizer_stage(config: Config, relay: Any, since: float) -> float:
         "vocabulary": tokenizer.vocab_size,
         "bytes_per_token": len(some.encode()) / len(tokenizer.encode(some)),
     }
-    with make_trackers(config) as trackers:
-        trackers.begin("tokenizer", 0)
-        trackers.log("tokenizer", 0, metrics)
+    relay.put.remote("tokenizer", 0, None)
+    relay.put.remote("tokenizer", 0, metrics)
     line = record(config, "tokenizer", since, metrics)
     say_finished(relay, "tokenizer", 0, line)
     return finished_at(config.run.dir, "tokenizer") or time.time()

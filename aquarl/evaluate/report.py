@@ -127,7 +127,7 @@ def _stage_facts(
     return {
         "is_finished": bool(result),
         "finished": result.get("finished"),
-        "steps": result.get("steps", rows[-1]["step"] if rows else None),
+        "steps": result.get("steps", (rows[-1]["step"] if rows else 0) or None),
         "tokens": result.get("tokens"),
         "wall_s": wall_s,
         "tokens_per_s": _tokens_per_s(rows),

@@ -209,7 +209,7 @@ class ConsoleSink:
     """A progress bar for each stage on a terminal; elsewhere a line now and then.
 
     Args:
-        steps: Stage to its number of steps; a stage not named gets a bar without end.
+        steps: Stage to its number of steps. Of a stage without steps only its end is shown.
         every_s: Off a terminal, the least seconds between two lines. The first and the last of a
             stage are always shown.
     """
@@ -227,14 +227,15 @@ class ConsoleSink:
         pass  # its bar shows where it stands
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        if stage not in self._steps:
+            return
         if stage != self._stage:
             self.close()
             self._stage = stage
         if self._console.is_terminal:
             self._show_bar(stage, step, headline(metrics))
             return
-        total = f"/{self._steps[stage]}" if stage in self._steps else ""
-        self._held = f"{stage:>5} {step}{total}  {headline(metrics)}"
+        self._held = f"{stage:>5} {step}/{self._steps[stage]}  {headline(metrics)}"
         if time.monotonic() - self._shown_at >= self._every_s:
             self._show_line()
 
@@ -267,7 +268,7 @@ class ConsoleSink:
                 transient=True,
                 refresh_per_second=4,
             )
-            self._progress.add_task(stage, total=self._steps.get(stage), numbers="")
+            self._progress.add_task(stage, total=self._steps[stage], numbers="")
             self._progress.start()
         # A step with little to say (a save, say) leaves the last numbers standing.
         fields: dict[str, Any] = {"numbers": numbers} if numbers else {}
