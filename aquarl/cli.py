@@ -58,6 +58,16 @@ def rl(config: Config, args: Arguments) -> None:
 
 def evaluate(config: Config, args: Arguments) -> None:
     """score checkpoints: greedy, sampled, letter logits, permutations, each with its interval"""
+    _evaluate(config, args)
+    folder = config.run.dir
+    print(
+        f"This is in {folder}/results/evaluate.json now, in place of what was measured before; "
+        f"`aquarl report run.dir={folder}` writes it into the page.",
+        file=sys.stderr,
+    )
+
+
+def _evaluate(config: Config, args: Arguments) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -91,7 +101,7 @@ def pipeline(config: Config, args: Arguments) -> None:
     check_evaluation(config, args.against)
     with connected(config):
         run_stages(config, STAGES)
-        evaluate(config, args)
+        _evaluate(config, args)
     report(config, args)
 
 

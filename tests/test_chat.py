@@ -14,7 +14,7 @@ from aquarl.model.drawing import draw_from_any
 from aquarl.model.gpt import GPT, norm
 from aquarl.model.shape import Shape
 from aquarl.records import Conversation, Message, Sampling
-from aquarl.serve.chat import HELP, _show, chat, checked, reply, stream_text
+from aquarl.serve.chat import HELP, _next_line, _show, chat, checked, reply, stream_text
 from tests.fakes import byte_tokenizer, random_model
 
 TOKENIZER = byte_tokenizer()
@@ -46,6 +46,19 @@ def lines(*said: str) -> Callable[[], str]:
             raise EOFError from None
 
     return read
+
+
+def test_a_question_of_several_lines_is_one_turn() -> None:
+    console, _ = screen()
+    read = lines("Which?\\ ", "A)1\\", "B)2", "/clear", "x")
+    said: list[str] = []
+    while (turn := _next_line(read)) is not None:
+        said.append(turn)
+    assert said == ["Which?\nA)1\nB)2", "/clear", "x"]
+    kept = chat(
+        policy_that_says("Ye"), TOKENIZER, sampling=GREEDY, console=console, read=lines("a\\", "b")
+    )
+    assert pairs(kept)[0] == ("user", "a\nb")
 
 
 def screen() -> tuple[Console, io.StringIO]:

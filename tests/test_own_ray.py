@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import ipaddress
+import json
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ from psutil import CONN_LISTEN, Error, Process, net_connections, process_iter
 from aquarl.cli import main
 from aquarl.cluster.results import copy_up_to_sft
 from aquarl.model.checkpoint import latest_checkpoint
-from tests.conftest import eventually
+from tests.conftest import PATIENCE_S, eventually
 from tests.planted import MARK, SECRETS, holding_a_secret
 
 pytestmark = pytest.mark.slow
@@ -160,6 +161,15 @@ def test_a_finished_command_leaves_its_run_directory_and_nothing_else(finished: 
     assert not [f for f in finished.run.rglob("*") if f.name.endswith((".writing", ".replaced"))]
 
 
+def status_of(run: Path, **token: str) -> subprocess.CompletedProcess[str]:
+    """Ask as a person does who names no cluster: there are two on this machine."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | token
+    command = [sys.executable, "-m", "aquarl.cli", "status", f"run.dir={run}"]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+
+
 SOON = ("rl.wait_timeout_s=0.01", "rl.lease_timeout_s=0.009")
 """No worker is up by then."""
 
@@ -168,13 +178,22 @@ SOON = ("rl.wait_timeout_s=0.01", "rl.lease_timeout_s=0.009")
 def test_a_command_that_ends_early_leaves_nothing_either(
     ending: str, after_sft: Path, tiny: str
 ) -> None:
-    """But for Ray's logs, where it failed."""
+    """But for Ray's logs, where it failed. While it goes on, it is there to be asked."""
     is_failing = ending == "failure"
+    asked: list[subprocess.CompletedProcess[str]] = []
+
+    def is_to_end() -> bool:
+        if not is_failing and latest_checkpoint(f"{after_sft}/checkpoints/rl"):
+            asked.append(status_of(after_sft, RAY_AUTH_TOKEN=SECRETS["RAY_AUTH_TOKEN"]))
+        return bool(asked)
+
     seen = watched(
         after_sft, "rl", "--config", tiny, "rl.steps=2000",
-        *(SOON if is_failing else []),
-        until=lambda: not is_failing and latest_checkpoint(f"{after_sft}/checkpoints/rl"),
+        *(SOON if is_failing else []), until=is_to_end,
     )  # fmt: skip
+    for answer in asked:
+        assert json.loads(answer.stdout)["step"] > 0, answer.stderr
+    assert "No RL run in" in status_of(after_sft).stderr
     assert seen.status == (2 if is_failing else 130), seen.said.decode()
     assert b"Traceback" not in seen.said
     eventually(lambda: not processes_of(seen.temporary))

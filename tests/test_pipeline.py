@@ -216,7 +216,8 @@ def test_a_run_against_its_own_copy_differs_in_nothing(
     assert 0 < printed["left_out"] == 300 - unseen
     left_out = " of the split left out: a policy measured here was made with other settings"
     write_report(str(copy))
-    assert left_out in (copy / "report.md").read_text()
+    page = (copy / "report.md").read_text()
+    assert left_out in page and "but those of data.held_out_problems=300.**" in page
     assert left_out not in (finished_run / "report.md").read_text()
     compared = printed["comparisons"][-1]
     assert (compared["a"], compared["b"]) == (f"{finished_run}:rl", "rl")

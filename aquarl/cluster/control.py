@@ -7,14 +7,21 @@ import os
 import shlex
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 from ray.exceptions import AuthenticationError, GetTimeoutError
 
 from aquarl.cluster.connection import cluster_address, namespace, require_answer
 from aquarl.cluster.errors import first_line, plain_errors
+from aquarl.cluster.own_ray import on_loopback
+from aquarl.cluster.results import finished_at
 from aquarl.config import Config, to_toml
 from aquarl.errors import ClusterError, ConfigError
 
@@ -56,24 +63,58 @@ def status(config: Config) -> dict[str, Any]:
 
 
 def _ask(config: Config, method: str, *args: Any) -> Any:
-    address = cluster_address(config) or "auto"
-    is_ours = not ray.is_initialized()
-    try:
-        if is_ours:
-            require_answer(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        with plain_errors():
-            stream = ray.get_actor("stream", namespace=namespace(config))
-            return ray.get(getattr(stream, method).remote(*args), timeout=30)
-    except (OSError, RuntimeError, ValueError, GetTimeoutError, AuthenticationError) as error:
+    """Return what the run's stream answers, in the cluster that is named or any of this machine."""
+    named = cluster_address(config)
+    here = [named] if named or ray.is_initialized() else sorted(services.find_gcs_addresses())
+    why = "no Ray runs on this machine"
+    for address in here:
+        try:
+            with _joined(address), plain_errors():
+                stream = ray.get_actor("stream", namespace=namespace(config))
+                return ray.get(getattr(stream, method).remote(*args), timeout=30)
+        except (OSError, RuntimeError, ValueError, GetTimeoutError, AuthenticationError) as error:
+            why = f"{address or 'this Ray'}: {first_line(error)}"
+    if finished_at(config.run.dir, "rl") is not None:
         raise ClusterError(
-            f"No RL run in {config.run.dir} answers on the cluster at {address} "
-            f"({first_line(error)}). Name the run's directory with run.dir=... and its cluster "
-            "with cluster.address=HOST:6379."
-        ) from error
-    finally:
-        if is_ours:
+            f"RL is finished in {config.run.dir}, so nothing of it is live. "
+            f"`aquarl report run.dir={config.run.dir}` writes what came of it."
+        )
+    raise ClusterError(
+        f"No RL run in {config.run.dir} answers ({why}). Name the run's directory with "
+        "run.dir=... and its cluster with cluster.address=HOST:6379, from a machine of that "
+        "cluster. Stages before RL have no workers to ask."
+    )
+
+
+@contextmanager
+def _joined(address: str | None) -> Iterator[None]:
+    """Be in the Ray cluster at HOST:PORT, unless we are in one already. Raises: as `ray.init`."""
+    if ray.is_initialized() or address is None:
+        yield
+        return
+    require_answer(address)
+    with ExitStack() as held:
+        if _is_on_loopback_alone(address):
+            held.enter_context(on_loopback())
+            logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of having a token
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            yield
+        finally:
             ray.shutdown()
+
+
+def _is_on_loopback_alone(address: str) -> bool:
+    """Return whether this is the Ray of a local command, which Ray would ask for elsewhere."""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    try:
+        require_answer(f"{services.get_node_ip_address()}:{port}")
+    except OSError:
+        return True
+    return False
 
 
 def submit(stage: str, config: Config) -> str:

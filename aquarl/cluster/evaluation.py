@@ -168,7 +168,7 @@ def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str
     places: list[tuple[str, str]] = [(config.run.dir, stage) for stage in stages]
     if against is not None:
         places.append(run_and_stage(against, stages[-1]))
-    problems, left_out = _unseen_problems(config, places)
+    problems, which = _unseen_problems(config, places)
     words = {folder: Tokenizer.load(f"{folder}/tokenizer") for folder in dict(places)}
     policies = [
         (finished_policy(folder, stage, words[folder].fingerprint), words[folder])
@@ -180,7 +180,7 @@ def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str
     summary = evaluation_summary(
         config.evaluate.split, dict(zip(stages, measured[: len(stages)], strict=True))
     )
-    summary["left_out"] = left_out
+    summary |= which
     if against is not None:
         here, other = measured[-2:]
         summary["stages"][against] = other
@@ -190,14 +190,15 @@ def evaluate_checkpoints(config: Config, against: str | None = None) -> dict[str
 
 def _unseen_problems(
     config: Config, places: Sequence[tuple[str, str]]
-) -> tuple[Sequence[Problem], int]:
-    """Return the problems of the split that no policy was trained on, and how many are left out.
+) -> tuple[Sequence[Problem], dict[str, Any]]:
+    """Return the problems of the split that no policy was trained on, and what is to be said of it.
 
-    None are, where the policies were made with the settings of this evaluation: splits are
-    disjoint.
+    That is, how many are left out (none, where the policies were made with the settings of this
+    evaluation: splits are disjoint), and the settings by which they are not the run's own.
     """
     whole = problems_to_evaluate(config)
     here, problems = split_by(config.data, config.run.seed), [*whole]
+    not_its_own: dict[str, Any] = {}
     for run_dir, stage in places:
         made_with = settings_made_with(run_dir, stage)
         if not made_with:
@@ -206,6 +207,8 @@ def _unseen_problems(
         then = split_by(data, seed)
         if then == here:
             continue
+        if run_dir == config.run.dir:
+            not_its_own = {key: value for key, value in here.items() if then.get(key) != value}
         try:
             problems = not_trained_on(data, seed, problems)
         except (DataError, StorageError) as error:
@@ -220,7 +223,7 @@ def _unseen_problems(
                 f"{config.evaluate.split} split, as it was made with other settings. Evaluate with "
                 f"its own: {' '.join(f'{key}={value}' for key, value in then.items())}"
             )
-    return problems, len(whole) - len(problems)
+    return problems, {"left_out": len(whole) - len(problems), "not_its_own": not_its_own}
 
 
 def _which(run_dir: str, stage: str) -> dict[str, Any]:

@@ -281,9 +281,10 @@ def check_resources(config: Config, learners: int, hired: Sequence[RolloutKind])
         needed = learners * learner + rollouts
         there = ray.cluster_resources().get(kind, 0)
         if needed > there:
+            shares = " cluster.learner_cpus=0.5 cluster.rollout_cpus=0.5 gives each a share."
+            would_do = (learners + len(hired)) / 2 <= there
             advice = (
-                "Lower rl.rollout_workers or cluster.learners, or give each a share: "
-                "cluster.learner_cpus=0.5 cluster.rollout_cpus=0.5."
+                f"Lower rl.rollout_workers or cluster.learners.{shares if would_do else ''}"
                 if kind == "CPU"
                 else "To let a learner and a worker share a GPU, set cluster.learner_gpus=0.5 and "
                 "cluster.rollout_gpus=0.5. To use CPUs, set both to 0. Or name a cluster that has "

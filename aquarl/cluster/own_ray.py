@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,8 +33,7 @@ def alone() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="aquarl_")
     loopback = "lo" if sys.platform == "linux" else "lo0"
     settings = {
-        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
-        "RAY_TMPDIR": str(sessions.parent),  # where it is anyway: `aquarl status` looks there
+        "RAY_TMPDIR": str(sessions.parent),  # where it is anyway
         "TMPDIR": folder,  # of Ray's processes; some leave sockets and encoded text behind
         "LOG_NAME_UPDATE_INTERVAL_S": "3600",  # for new logs to send to a driver; ours takes none
         # Of each call Ray keeps a record of some 3 kB for its dashboard, by default 100,000.
@@ -43,23 +42,43 @@ def alone() -> Iterator[None]:
         "NCCL_SOCKET_IFNAME": loopback,
     }
     before = {name: os.environ.get(name) for name in settings}
-    could_cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     os.environ |= settings
     keeps: set[str] = set()
     try:
-        yield
+        with on_loopback():
+            yield
     except Exception:
         keeps.add("logs")
         raise
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = could_cluster
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        _put_back(before)
         shutil.rmtree(folder, ignore_errors=True)
         for session in set(sessions.glob(mine)) - older:
             _clear(session, keeps)
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Have Ray take 127.0.0.1 for what it is, not for this machine's address in its network.
+
+    So it must be where a Ray is started that keeps to loopback, and where one like that is joined.
+    """
+    switch = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = {switch: os.environ.get(switch)}
+    could_cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ[switch] = "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = could_cluster
+        _put_back(before)
+
+
+def _put_back(environment: Mapping[str, str | None]) -> None:
+    for name, value in environment.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def _clear(folder: Path, keeps: set[str]) -> None:

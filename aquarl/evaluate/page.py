@@ -245,20 +245,20 @@ def _how_it_was_measured(evaluation: dict[str, Any]) -> list[str]:
         for name, whole in (("top_k", 0), ("top_p", 1))
         if settings.get(name, whole) != whole
     )
-    left_out = evaluation.get("left_out", 0)
-    return [
+    said = [
         f"Sampled: {settings['samples']} answers a problem at temperature "
         f"{settings['temperature']:g}{cut}. All answers end after {settings['max_new_tokens']} "
         f"tokens. The evaluation took {_time(evaluation.get('wall_s'))}.",
-        *(
-            [
-                f"{_plural(left_out, 'problem')} of the split left out: a policy measured here "
-                "was made with other settings, and trained on them."
-            ]
-            if left_out
-            else []
-        ),
     ]
+    if others := evaluation.get("not_its_own"):
+        named = " ".join(f"{key}={value}" for key, value in others.items())
+        said.append(f"**The problems are not those of this run, but those of {named}.**")
+    if left_out := evaluation.get("left_out"):
+        said.append(
+            f"{_plural(left_out, 'problem')} of the split left out: a policy measured here was "
+            "made with other settings, and trained on them."
+        )
+    return said
 
 
 def _interval(measured: dict[str, Any] | float) -> str:

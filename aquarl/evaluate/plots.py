@@ -146,7 +146,7 @@ def accuracy_plot(stages: dict[str, Any]) -> bytes | None:
                 fmt=mark, color=colour, ms=7, lw=1.6, capsize=3, fillstyle=fill,
             )  # fmt: skip
             panel.annotate(
-                f"{accuracy:.0%}", (x, high), (0, 4), textcoords="offset points",
+                f"{accuracy:.1%}", (x, high), (0, 4), textcoords="offset points",
                 ha="center", fontsize=8, color=INK,
             )  # fmt: skip
             if place == 0:

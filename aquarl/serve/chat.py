@@ -21,7 +21,10 @@ from aquarl.model.drawing import draw_from_any
 from aquarl.model.gpt import GPT
 from aquarl.records import Conversation, Message, Sampling
 
-HELP = "Write to the policy. /clear forgets the conversation, /quit leaves."
+HELP = (
+    "Write to the policy; a line that ends with \\ goes on in the next one. /clear forgets the "
+    "conversation, /quit leaves."
+)
 
 
 def chat(
@@ -151,10 +154,17 @@ def _show(console: Console, tokenizer: Tokenizer, ids: Iterator[int]) -> str:
 
 
 def _next_line(read: Callable[[], str]) -> str | None:
-    try:
-        return read().strip()
-    except (EOFError, KeyboardInterrupt):
-        return None
+    """Return what is said next, with the lines that a backslash joins to it; None at the end."""
+    said: list[str] = []
+    goes_on = True
+    while goes_on:
+        try:
+            line = read().rstrip()
+        except (EOFError, KeyboardInterrupt):
+            return None
+        goes_on = line.endswith("\\")
+        said.append(line.removesuffix("\\"))
+    return "\n".join(said).strip()
 
 
 def _fitting(
