@@ -199,14 +199,16 @@ def _unseen_problems(
     whole = problems_to_evaluate(config)
     here, problems = split_by(config.data, config.run.seed), [*whole]
     not_its_own: dict[str, Any] = {}
+    looked_at: list[tuple[DataConfig, int]] = []  # a run's stages are mostly made with the same
     for run_dir, stage in places:
         made_with = settings_made_with(run_dir, stage)
         if not made_with:
             continue  # imported: nobody knows what it has seen
         data, seed = DataConfig.model_validate(made_with["data"]), made_with["run"]["seed"]
         then = split_by(data, seed)
-        if then == here:
+        if then == here or (data, seed) in looked_at:
             continue
+        looked_at.append((data, seed))
         if run_dir == config.run.dir:
             not_its_own = {key: value for key, value in here.items() if then.get(key) != value}
         try:

@@ -80,13 +80,12 @@ def stands(config: Config, stage: str) -> bool:
     made = f"{config.run.dir}/checkpoints/{stage}"
     if stage == "tokenizer":
         made = tokenizer_folder(config)
-    made_with = settings_made_with(config.run.dir, stage)
-    if (finished := finished_at(config.run.dir, stage)) is None:
-        _require_same(config, stage, made_with, "an unfinished", made)
+    if (recorded := _get_record(path)) is None:
+        _require_same(config, stage, _begun_with(config.run.dir, stage), "an unfinished", made)
         return False
-    _require_same(config, stage, made_with, "a finished", f"{path} and {made}")
+    _require_same(config, stage, recorded["settings"], "a finished", f"{path} and {made}")
     before = COMES_FROM.get(stage)
-    if before and (finished_at(config.run.dir, before) or 0) > finished:
+    if before and (finished_at(config.run.dir, before) or 0) > recorded["finished"]:
         raise ConfigError(
             f"{config.run.dir} holds a {stage} stage that was made from another {before} than the "
             f"one there now. Delete {path} and {made} to make it again."
@@ -96,17 +95,20 @@ def stands(config: Config, stage: str) -> bool:
 
 def settings_made_with(run_dir: str, stage: str) -> Settings:
     """Return what `settings_of` was when a stage was made, or begun; {} if nobody knows."""
-    if (recorded := _get_record(f"{run_dir}/results/{stage}.json")) is not None:
-        settings: Settings = recorded["settings"]
-        return settings
+    recorded = _get_record(f"{run_dir}/results/{stage}.json")
+    settings: Settings = recorded["settings"] if recorded else _begun_with(run_dir, stage)
+    return settings
+
+
+def _begun_with(run_dir: str, stage: str) -> Settings:
     folder = f"{run_dir}/checkpoints/{stage}"
     fs, where = fsspec.url_to_fs(folder)
     if not fs.isdir(where):
         return {}
     from aquarl.model.checkpoint import newest_facts
 
-    begun_with: Settings = newest_facts(folder).get("settings", {})
-    return begun_with
+    settings: Settings = newest_facts(folder).get("settings", {})
+    return settings
 
 
 def _require_same(config: Config, stage: str, recorded: Settings, kind: str, remove: str) -> None:
