@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from aquarl.bench.work import Work
+from aquarl.model.products import mm
 from aquarl.model.shape import Shape
 
 
@@ -41,7 +42,7 @@ def measure_machine(device: torch.device) -> Machine:
     source = torch.empty(1 << (32 if is_gpu else 28), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return Machine(
-        flops=2 * side**3 / _seconds(lambda: torch.mm(a, b, out=out), device),
+        flops=2 * side**3 / _seconds(lambda: mm(a, b, out=out), device),
         bytes=2 * source.numel() / _seconds(lambda: target.copy_(source), device),
     )
 

@@ -14,6 +14,7 @@ from aquarl.bench.timing import hardware, measure
 from aquarl.bench.work import Work
 from aquarl.errors import ConfigError
 from aquarl.model.modes import keep_memory
+from aquarl.model.products import use_threads
 
 PIECES: dict[str, Callable[[Work, Machine, str, str], Piece]] = {
     "rollouts": pieces.rollouts,
@@ -37,7 +38,7 @@ def bench(
             "--device cuda was asked for, but torch sees no CUDA device here. Leave it out to "
             "measure the CPU, or see `aquarl doctor` for what is missing."
         )
-    torch.set_num_threads(threads)
+    use_threads(threads)
     machine = measure_machine(torch.device(device))
     keep_memory()  # not what that took
     names = tuple(engines) if kind in WITH_ENGINE else ("torch",)

@@ -35,6 +35,7 @@ from aquarl.engines.torch_engine import TorchSampler
 from aquarl.errors import ClusterError, ConfigError
 from aquarl.model.gpt import GPT
 from aquarl.model.modes import keep_memory
+from aquarl.model.products import use_threads
 from aquarl.model.shape import Shape
 from aquarl.rl.learner import Learner
 from aquarl.rl.loop import InProcess, LearnerStream
@@ -61,7 +62,7 @@ def bench_ray(kind: str, work: Work, *, workers: int, repeats: int, threads: int
     Raises:
         ConfigError: The work cannot be done.
     """
-    torch.set_num_threads(threads)
+    use_threads(threads)
     machine = measure_machine(torch.device("cpu"))
     keep_memory()
     about = {"bench": kind, "size": work.size}
@@ -133,7 +134,7 @@ class _Receiver:
     """A sampler that takes what the stream has, as a rollout worker does inside a generation."""
 
     def __init__(self, shape: Shape, stream: Any, threads: int) -> None:
-        torch.set_num_threads(threads)
+        use_threads(threads)
         keep_memory()
         self._sampler, self._stream = TorchSampler(GPT(shape), -1), stream
         self._have: tuple[int, int] | None = None

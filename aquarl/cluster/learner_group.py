@@ -42,6 +42,7 @@ from aquarl.cluster.results import has_saved_since, saved
 from aquarl.config import Config, build_config
 from aquarl.errors import AquarlError, ClusterError
 from aquarl.model.modes import keep_memory
+from aquarl.model.products import use_threads
 from aquarl.storage import remove
 
 T = TypeVar("T")
@@ -245,7 +246,7 @@ class _Loop:
     def __call__(self, settings: dict[str, Any]) -> dict[str, str]:
         config = build_config(settings["config"])
         context = get_context()
-        torch.set_num_threads(config.cluster.threads)
+        use_threads(config.cluster.threads)
         keep_memory()
         member = Member(
             context.get_world_rank(),

@@ -125,13 +125,12 @@ def sampler_maker(config: Config, shape: Shape, tokenizer: Tokenizer) -> Callabl
     )
 
     def make_torch() -> Sampler:
-        import torch
-
         from aquarl.engines.torch_engine import TorchSampler
         from aquarl.model.gpt import GPT
         from aquarl.model.modes import keep_memory
+        from aquarl.model.products import use_threads
 
-        torch.set_num_threads(threads)
+        use_threads(threads)
         keep_memory()
         return TorchSampler(GPT(shape), tokenizer.end_of_turn, device)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from aquarl.model.attention import Attend, causal
 from aquarl.model.modes import kernels_for
+from aquarl.model.products import linear
 from aquarl.model.shape import Shape
 
 SOFT_CAP = 15.0
@@ -120,7 +121,7 @@ class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
-        return (grads[0] * positive).mul_(2)
+        return torch.addcmul(grads[0].new_zeros(()), grads[0], positive, value=2)
 
 
 class Attention(nn.Module):
@@ -140,11 +141,11 @@ class Attention(nn.Module):
         if (kernels := kernels_for(x_BTD)) is not None:
             q, k, v = kernels.turned_heads(F.linear(x_BTD, torch.cat(weights)), turns, self.shape)
         else:
-            q, k, v = (F.linear(x_BTD, weight).view(B, T, -1, K) for weight in weights)
+            q, k, v = (linear(x_BTD, weight).view(B, T, -1, K) for weight in weights)
             # Rotation in fp32 tables widens q and k under autocast; v tells the working precision.
             q, k = (norm(rotate(x, turns)).to(v.dtype) for x in (q, k))
         y_BHTK = attend(self.layer, *(x.transpose(1, 2) for x in (q, k, v)))
-        return self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
+        return linear(y_BHTK.transpose(1, 2).reshape(B, T, D), self.c_proj.weight)
 
 
 class MLP(nn.Module):
@@ -154,7 +155,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * shape.width, shape.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.c_proj(squared_relu(self.c_fc(x_BTD)))
+        return linear(squared_relu(linear(x_BTD, self.c_fc.weight)), self.c_proj.weight)
 
 
 class Block(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aquarl.model.gpt import GPT, SOFT_CAP
 from aquarl.model.modes import has_triton
+from aquarl.model.products import is_numpys, mm
 
 CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 """Room for the fp32 logits of one chunk: about what a core's own cache holds."""
@@ -78,7 +79,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 slopes_CV = chunk.slopes_CV()
                 if slopes_CV.dtype != room_CV.dtype:  # else it is its room already
                     room_CV.copy_(slopes_CV)
-                torch.mm(room_CV, weight_VD, out=hidden_slopes_ND[rows])
+                mm(room_CV, weight_VD, out=hidden_slopes_ND[rows])
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N, logprobs_N, slopes_NV, hidden_slopes_ND)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy_N)
@@ -91,7 +92,7 @@ class _TokenLogprobs(torch.autograd.Function):
         scaled_ND = (hidden_ND * grads_N1).to(hidden_ND.dtype)
         if slopes_NV is not None:
             hidden_grad_ND = (hidden_slopes_ND * grads_N1).to(hidden_ND.dtype)
-            return hidden_grad_ND, slopes_NV.T @ scaled_ND, None, None
+            return hidden_grad_ND, mm(slopes_NV.T, scaled_ND), None, None
         hidden_grad_ND = torch.empty_like(hidden_ND)
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=grads_N1.dtype)
         for rows in _chunks(hidden_ND, len(weight_VD)):
@@ -99,7 +100,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 hidden_ND[rows], weight_VD, ids_N[rows], ctx.temperature, logprobs_N[rows]
             )
             slopes_CV = chunk.slopes_CV().to(weight_VD.dtype)
-            torch.mm(slopes_CV, weight_VD, out=hidden_grad_ND[rows])
+            mm(slopes_CV, weight_VD, out=hidden_grad_ND[rows])
             _add_product(weight_grad_VD, slopes_CV.T, scaled_ND[rows])
         return hidden_grad_ND.mul_(grads_N1), weight_grad_VD.to(weight_VD.dtype), None, None
 
@@ -199,6 +200,8 @@ class _Chunk:
 
 def squashed_logits(hidden_BD: Tensor, weight_VD: Tensor, out: Tensor | None = None) -> Tensor:
     """Return (B, V) numbers whose sigmoid s stands for the capped logit (2 s - 1) * SOFT_CAP."""
+    if is_numpys(hidden_BD, len(weight_VD)):
+        return mm(hidden_BD * (2 / SOFT_CAP), weight_VD.T, out=out)
     nothing = hidden_BD.new_empty(1)
     return torch.addmm(nothing, hidden_BD, weight_VD.T, beta=0, alpha=2 / SOFT_CAP, out=out)
 
