@@ -51,6 +51,8 @@ KINDS = {
     "stream, ray.kill": STREAM,
 }
 """What is done, and the class of the actor it is done to."""
+WORKER_ALLOWED_S, ALLOWED_S = 10.0, 60.0
+"""To recover on two cores: a worker that died alone, and all else."""
 
 
 @dataclass
@@ -366,6 +368,7 @@ def table_of(faults: Sequence[Fault]) -> list[dict[str, Any]]:
                     "run_ended_first": sum(fault.run_ended_first for fault in mine),
                     "median_s": statistics.median(seconds) if seconds else None,
                     "max_s": max(seconds, default=None),
+                    "allowed_s": WORKER_ALLOWED_S if amid is False else ALLOWED_S,
                     "leases_again": sum(fault.leases_again for fault in mine),
                     "steps_again": sum(fault.steps_again for fault in mine),
                 }
@@ -373,7 +376,7 @@ def table_of(faults: Sequence[Fault]) -> list[dict[str, Any]]:
     return rows
 
 
-HEADINGS = ("fault", "injected", "recovered", "median s", "max s", "done again")
+HEADINGS = ("fault", "injected", "recovered", "median s", "max s", "allowed s", "done again")
 
 
 def cells(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -385,6 +388,7 @@ def cells(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             str(row["injected"]),
             f"{row['recovered']} + {ended} at the end" if ended else str(row["recovered"]),
             *("-" if row[key] is None else f"{row[key]:.1f}" for key in ("median_s", "max_s")),
+            f"{row['allowed_s']:.0f}",
             f"{row['leases_again']} leases, {row['steps_again']} steps",
         )
 

@@ -253,9 +253,9 @@ def finished_checkpoint(run_dir: str, stage: str) -> str:
         CheckpointError: There is none, or the stage is finished and its last one is damaged.
     """
     from aquarl.model.checkpoint import (
+        check_checkpoint,
         checkpoint_folder,
         latest_checkpoint,
-        read_meta,
         stage_folder,
     )
 
@@ -271,7 +271,7 @@ def finished_checkpoint(run_dir: str, stage: str) -> str:
         return newest
     folder = checkpoint_folder(run_dir, stage, recorded["steps"])
     try:
-        read_meta(folder)
+        check_checkpoint(folder)
         return folder
     except CheckpointError as error:
         raise CheckpointError(

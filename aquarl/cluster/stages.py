@@ -185,13 +185,15 @@ def _resume(
     tokenizer: Tokenizer,
     model: GPT,
     trainer: SupervisedTrainer | Learner,
-) -> str | None:
-    """Go on from a stage's newest whole checkpoint, and return its folder, if there is one."""
+) -> dict[str, Any] | None:
+    """Go on from a stage's newest whole checkpoint, and return its facts, if there is one."""
     newest = latest_checkpoint(stage_folder(config.run.dir, stage))
-    if newest is not None:
-        _load_into(model, newest, tokenizer.fingerprint)
-        trainer.load_state(load_training(newest))
-    return newest
+    if newest is None:
+        return None
+    _load_into(model, newest, tokenizer.fingerprint)
+    trainer.load_state(load_training(newest))
+    facts: dict[str, Any] = read_meta(newest)["facts"]
+    return facts
 
 
 def _load_into(model: GPT, folder: str, fingerprint: str) -> None:
@@ -251,8 +253,7 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         world=member.world,
     )
     frontier = trained_tokens = 0
-    if newest := member.each(lambda: _resume(config, "rl", tokenizer, model, learner)):
-        facts = member.each(lambda: read_meta(newest))["facts"]
+    if facts := member.each(lambda: _resume(config, "rl", tokenizer, model, learner)):
         frontier, trained_tokens = int(facts["frontier"]), int(facts["trained_tokens"])
 
     stream = RayStream(config, post.stream, post.deadline)

@@ -29,6 +29,8 @@ from aquarl.model.gpt import GPT
 from aquarl.model.shape import Shape
 from aquarl.storage import get, put_together
 
+ANOTHER = "Delete that folder; the run resumes from the checkpoint before it."
+
 
 def save_checkpoint(
     folder: str,
@@ -87,13 +89,26 @@ def named(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def read_meta(folder: str) -> dict[str, Any]:
-    """Return `meta.json` of a checkpoint whose files are all there and whole.
+    """Return `meta.json` of a checkpoint, whatever became of its other files.
 
     Raises:
-        CheckpointError: It is missing, or a file is missing, short or altered.
+        CheckpointError: It is missing or damaged.
     """
-    meta, _ = _read(folder, ())
-    return meta
+    try:
+        return _meta(folder)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no checkpoint in {folder}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"The meta.json in {folder} is damaged ({error}). {ANOTHER}"
+        ) from error
+
+
+def check_checkpoint(folder: str) -> None:
+    """Read all files of a checkpoint. Raises: CheckpointError, if one is missing or altered."""
+    meta = read_meta(folder)
+    for name in meta["files"]:
+        _file(folder, meta, name)
 
 
 def load_model(folder: str, tokenizer_fingerprint: str | None = None) -> GPT:
@@ -102,7 +117,7 @@ def load_model(folder: str, tokenizer_fingerprint: str | None = None) -> GPT:
     Raises:
         CheckpointError: It is missing or damaged, or belongs to another vocabulary.
     """
-    meta, files = _read(folder, ("weights.safetensors",))
+    meta = read_meta(folder)
     if tokenizer_fingerprint not in (None, meta["tokenizer"]):
         raise CheckpointError(
             f"{folder} was trained with another vocabulary (fingerprint {meta['tokenizer']}, "
@@ -111,11 +126,11 @@ def load_model(folder: str, tokenizer_fingerprint: str | None = None) -> GPT:
         )
     try:
         model = GPT(Shape(**meta["shape"]))
-        model.load_state_dict(load_tensors(files["weights.safetensors"]))
+        model.load_state_dict(load_tensors(_file(folder, meta, "weights.safetensors")))
     except (TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"The weights in {folder} do not have the shape its meta.json names ({error}). "
-            "Delete that folder; the run resumes from the checkpoint before it."
+            f"{ANOTHER}"
         ) from error
     return model
 
@@ -126,7 +141,7 @@ def load_training(folder: str) -> dict[str, Any]:
     Raises:
         CheckpointError: It is missing or damaged, was saved without, or asks for code to be run.
     """
-    meta, files = _read(folder, ("training.pt",))
+    meta = read_meta(folder)
     if "training.pt" not in meta["files"]:
         raise CheckpointError(
             f"{folder} holds a policy but not the state to go on training it. "
@@ -135,7 +150,7 @@ def load_training(folder: str) -> dict[str, Any]:
     try:
         # Optimizers move their numbers to where their parameters are.
         loaded: dict[str, Any] = torch.load(
-            io.BytesIO(files["training.pt"]), map_location="cpu", weights_only=True
+            io.BytesIO(_file(folder, meta, "training.pt")), map_location="cpu", weights_only=True
         )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -153,30 +168,19 @@ def _meta(folder: str) -> dict[str, Any]:
     return meta
 
 
-def _read(folder: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return meta and the named files, after checking every file of the checkpoint."""
-    again = "Delete that folder; the run resumes from the checkpoint before it."
+def _file(folder: str, meta: dict[str, Any], name: str) -> bytes:
+    """Return a file's content, after checking it. Raises: CheckpointError."""
     try:
-        meta = _meta(folder)
-        listed = meta["files"]
+        body = get(f"{folder.rstrip('/')}/{name}")
     except FileNotFoundError as error:
-        raise CheckpointError(f"There is no checkpoint in {folder}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"The meta.json in {folder} is damaged ({error}). {again}") from error
-    bodies = {}
-    for name, expected in listed.items():
-        try:
-            body = get(f"{folder.rstrip('/')}/{name}")
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{name} is missing from {folder}. {again}") from error
-        if len(body) != expected["size"] or zlib.crc32(body) != expected["crc32"]:
-            raise CheckpointError(
-                f"{name} in {folder} is not what was saved: {len(body)} bytes of "
-                f"{expected['size']}, or altered ones. {again}"
-            )
-        if name in names:
-            bodies[name] = body
-    return meta, bodies
+        raise CheckpointError(f"{name} is missing from {folder}. {ANOTHER}") from error
+    expected = meta["files"][name]
+    if len(body) != expected["size"] or zlib.crc32(body) != expected["crc32"]:
+        raise CheckpointError(
+            f"{name} in {folder} is not what was saved: {len(body)} bytes of "
+            f"{expected['size']}, or altered ones. {ANOTHER}"
+        )
+    return body
 
 
 def checkpoints(stage_dir: str) -> list[str]:
@@ -196,7 +200,7 @@ def latest_checkpoint(stage_dir: str) -> str | None:
     """
     for folder in reversed(checkpoints(stage_dir)):
         try:
-            read_meta(folder)
+            check_checkpoint(folder)
         except CheckpointError:
             continue
         return folder
