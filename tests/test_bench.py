@@ -159,13 +159,16 @@ def test_rays_part_is_measured_on_the_very_same_steps(
     (line,) = bench_ray("ray", WORK, workers=1, repeats=2, threads=1)
     assert line["tokens"] > 0 and line["ratio"] > 0
     assert "CPU seconds" in ray_as_text(line)
+    assert line["peak_memory_mb"] > 50
     (line,) = bench_ray("sync", WORK, workers=2, repeats=2, threads=1)
     assert line["megabytes"] == round(4 * (2 * 512 * 32 + 12 * 32 * 32) / 1e6, 2)
     assert line["wall_s"]["low"] >= line["flatten_s"]["low"] > 0
     assert "MB in" in ray_as_text(line)
+    assert line["cpu_s"]["low"] > 0 and line["peak_memory_mb"] > 50
     lines = bench_ray("workers", WORK, workers=2, repeats=1, threads=1)
     assert [line["workers"] for line in lines] == [1, 2]
     assert lines[0]["ratio"] == 1.0 and lines[1]["tokens_per_s"]["median"] > 0
+    assert all(line["cpu_s"]["low"] > 0 and line["peak_memory_mb"] > 50 for line in lines)
     assert not list(tmp_path.iterdir())
 
 

@@ -19,7 +19,7 @@ from aquarl.bench.pieces import Piece
 from aquarl.observe.machine import cpu_model
 
 Figures = dict[str, Any]
-PROCESS = Path("/proc/self")
+PROCESSES = Path("/proc")
 
 
 def measure(pieces: Mapping[str, Piece], repeats: int, device: str) -> dict[str, Figures]:
@@ -87,17 +87,28 @@ def _settle(device: str) -> None:
 def _forget_peak(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-    elif PROCESS.is_dir():
-        (PROCESS / "clear_refs").write_text("5")  # Linux: the peak is what is held now
+    else:
+        forget_peak("self")
 
 
 def _peak_bytes(device: str) -> float:
     if device.startswith("cuda"):
         return float(torch.cuda.max_memory_allocated(device))
-    if PROCESS.is_dir():
-        lines = (PROCESS / "status").read_text().splitlines()
+    return peak_bytes("self")
+
+
+def forget_peak(process: int | str) -> None:
+    """Count a process's most memory anew from what it holds now, where Linux does so."""
+    if PROCESSES.is_dir():
+        (PROCESSES / f"{process}/clear_refs").write_text("5")
+
+
+def peak_bytes(process: int | str) -> float:
+    """Return the most memory that a process has held; on macOS, this one's since its start."""
+    if PROCESSES.is_dir():
+        lines = (PROCESSES / f"{process}/status").read_text().splitlines()
         return next(1024 * float(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # macOS: since the start
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _rounded(value: float) -> float:

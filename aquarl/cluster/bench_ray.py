@@ -23,7 +23,7 @@ from ray.exceptions import GetTimeoutError
 
 from aquarl.bench import floor
 from aquarl.bench.floor import Machine, measure_machine
-from aquarl.bench.timing import hardware, spread
+from aquarl.bench.timing import forget_peak, hardware, peak_bytes, spread
 from aquarl.bench.work import Work
 from aquarl.cluster.connection import connected
 from aquarl.cluster.launch import hired_stream
@@ -52,7 +52,7 @@ START_TIMEOUT_S = 120.0
 PATIENCE_S = 600.0
 """For any one answer."""
 
-ACTORS = ("StreamActor", "RolloutStream", "RolloutWorker")
+ACTORS = ("StreamActor", "RolloutStream", "RolloutWorker", "_Receiver")
 """What Ray calls the processes of a step's actors, by class or by what they call themselves."""
 
 
@@ -98,8 +98,10 @@ def _sync(
         receivers: list[Any] = [hired.remote(work.shape, actor, threads) for _ in range(workers)]
         stream.publish(learner.weights())  # a first time before the clock runs
         ray.get([receiver.take.remote() for receiver in receivers], timeout=PATIENCE_S)
+        use = _Use()
         for _ in range(repeats):
             learner.step += 1
+            use.begin()
             started = time.perf_counter()
             weights = learner.weights()
             flattened = time.perf_counter()
@@ -114,6 +116,7 @@ def _sync(
                 "fetch_s": max(fetch for fetch, _ in seconds),
                 "load_s": max(load for _, load in seconds),
             }
+            seen["cpu_s"] = use.end()["ours"]
             for name, value in seen.items():
                 parts.setdefault(name, []).append(value)
     numbers = weights.buffer.size
@@ -125,6 +128,7 @@ def _sync(
         "megabytes": round(weights.buffer.nbytes / 1e6, 2),
         "repeats": repeats,
         **line,
+        "peak_memory_mb": use.peak_mb,
         "floor_s": float(f"{floor_s:.4g}"),
         "floor_share": float(f"{floor_s / line['wall_s']['median']:.4g}"),
     }
@@ -171,19 +175,18 @@ def _ray_share(
             "alone": (alone, Learner(work.model(), config.rl)),
         }
         _until_up(through, 1)
-        actors, tokens = _actors_of_a_step(), 0
+        use, tokens = _Use(), 0
         for repeat in range(repeats + 1):
             for name, (stream, learner) in ways.items():
-                before = _cpu_seconds(actors)
+                use.begin()
                 # First of all: with new weights the worker samples at once, which belongs here.
                 stream.publish(learner.weights())
                 share = stream.next_step(learner.step, rank=0, world=1)
                 learner.update(share.groups, share.tokens_in_step, share.rollouts_in_step)
-                after = _cpu_seconds(actors)
+                spent = use.end()
                 if repeat:
-                    spent = {part: after[part] - before[part] for part in after}
                     is_ray = name == "ray"
-                    seconds[name].append(spent["here"] + (spent["actors"] if is_ray else 0.0))
+                    seconds[name].append(spent["ours" if is_ray else "here"])
                     if is_ray:
                         seconds["rest"].append(spent["rest"])
                         tokens += share.tokens_in_step
@@ -198,6 +201,7 @@ def _ray_share(
         "cpu_s_in_one_process": alone_s,
         "ratio": round(ray_s["median"] / alone_s["median"], 4),
         "cpu_s_of_other_ray_processes": spread(seconds["rest"]),
+        "peak_memory_mb": use.peak_mb,
     }
 
 
@@ -205,6 +209,7 @@ def _two_workers(
     work: Work, folder: str, machine: Machine, workers: int, repeats: int, threads: int
 ) -> Iterator[Line]:
     rates: dict[int, list[float]] = {1: [], workers: []}
+    cpu_s: dict[int, list[float]] = {1: [], workers: []}
     configs = {
         count: _config(
             work,
@@ -225,11 +230,15 @@ def _two_workers(
             streams[count].begin(work.shape)
         for count, stream in streams.items():
             _until_up(stream, count)
+        use = _Use()
         for repeat in range(repeats + 1):
             for count, stream in streams.items():
+                use.begin()
                 sampled_per_s = _sampled_per_second(stream, learner)
+                spent = use.end()
                 if repeat:
                     rates[count].append(sampled_per_s)
+                    cpu_s[count].append(spent["ours"])
     medians = {count: spread(values) for count, values in rates.items()}
     for count, rate in medians.items():
         yield {
@@ -237,6 +246,8 @@ def _two_workers(
             "repeats": repeats,
             "tokens_per_s": rate,
             "ratio": round(rate["median"] / medians[1]["median"], 4),
+            "cpu_s": spread(cpu_s[count]),
+            "peak_memory_mb": use.peak_mb,
         }
 
 
@@ -269,7 +280,8 @@ def as_text(line: Line) -> str:
         wall_s = line["wall_s"]
         said = (
             f"{line['megabytes']} MB in {wall_s['median'] * 1e3:.1f} ms "
-            f"[{wall_s['low'] * 1e3:.1f}, {wall_s['high'] * 1e3:.1f}] ({parts}), "
+            f"[{wall_s['low'] * 1e3:.1f}, {wall_s['high'] * 1e3:.1f}] ({parts}; CPU "
+            f"{line['cpu_s']['median'] * 1e3:.1f}), "
             f"floor {line['floor_s'] * 1e3:.2f} ms = {line['floor_share']:.0%} of the time"
         )
     elif line["bench"] == "ray":
@@ -344,6 +356,37 @@ def _until_up(stream: RayStream, workers: int) -> None:
                 "is busy with other work, or has too little memory; measure when it is quiet."
             )
         time.sleep(0.1)
+
+
+class _Use:
+    """What is used of the machine between a moment and another."""
+
+    def __init__(self) -> None:
+        self._actors = _actors_of_a_step()
+        self.peak_mb = 0
+        """The most memory that one of these processes held in any of the times, shared with others
+        included."""
+
+    def begin(self) -> None:
+        for process in self._processes():
+            forget_peak(process)
+        self._before = _cpu_seconds(self._actors)
+
+    def end(self) -> dict[str, float]:
+        """Return CPU seconds since: of this process ("here"), of it and the actors ("ours"), and of
+        whatever else Ray started ("rest")."""
+        after = _cpu_seconds(self._actors)
+        spent = {part: after[part] - self._before[part] for part in after}
+        peaks = [peak_bytes(process) for process in self._processes()]
+        self.peak_mb = max(self.peak_mb, round(max(peaks) / 1e6))
+        return {
+            "here": spent["here"],
+            "ours": spent["here"] + spent["actors"],
+            "rest": spent["rest"],
+        }
+
+    def _processes(self) -> list[int | str]:
+        return ["self", *self._actors]
 
 
 def _actors_of_a_step() -> set[int]:
