@@ -173,11 +173,11 @@ class Learner:
 
     def run(self, steps: int) -> None:
         buffer = np.zeros(1 << 20, dtype=np.uint8)
+        me = ray.get(self._stream.rewind.remote(0, 0), timeout=PATIENCE_S)
         for step in range(steps):
-            ray.get(
-                self._stream.publish.remote(Weights(step, step + 1, buffer)), timeout=PATIENCE_S
-            )
-            ray.get(self._stream.next_step.remote(step, 0, 1), timeout=PATIENCE_S)
+            weights = Weights(step, step + 1, buffer)
+            ray.get(self._stream.publish.remote(me, weights), timeout=PATIENCE_S)
+            ray.get(self._stream.next_step.remote(me, step, 0, 1), timeout=PATIENCE_S)
 
 
 def measure(

@@ -92,7 +92,8 @@ class MortalWorker(RolloutWorker):
                     mild.unlink()
                     raise RuntimeError("out of cards")
                 os.kill(os.getpid(), signal.SIGKILL)
-            if self._sampler.version >= FROM_STEP:
+            is_training = sampling.temperature > 0
+            if is_training and self._sampler.version >= FROM_STEP:
                 die_once(self._run_dir, "lease")
                 hang_once(self._run_dir, "sampling hangs")
             return sample(prompts, seeds, sampling)
@@ -102,7 +103,8 @@ class MortalWorker(RolloutWorker):
     def run(self) -> Iterator[list[RolloutGroup]]:
         for groups in super().run():
             yield groups
-            if groups[0].weights_version >= FROM_STEP:  # they are on their way
+            is_training = len(groups[0].advantages) > 1
+            if is_training and groups[0].weights_version >= FROM_STEP:  # they are on their way
                 die_once(self._run_dir, "submit")
 
 
@@ -127,8 +129,10 @@ class MortalStream(StreamActor):
         super().__init__(config)
         rollout_pool.RolloutWorker = MortalWorker  # type: ignore[misc, assignment]  # here only
 
-    async def publish(self, weights: Weights) -> None:
-        await super().publish(weights)  # workers may have them by now; the learner is not told
+    async def publish(self, learner: str, weights: Weights) -> None:
+        await super().publish(
+            learner, weights
+        )  # workers may have them by now; the learner is not told
         scale_to = Path(self._config.run.dir, "scale to")
         if weights.version == FROM_STEP and scale_to.exists():
             await self.scale(int(scale_to.read_text()))
@@ -156,12 +160,14 @@ class MortalWork:
             share = next_step(self, step, rank, world)
             if step >= FROM_STEP:
                 die_once(run, "batch taken")
+                die_once(run, f"batch taken, rank {rank}")
             return share
 
         def mortal_backward(self: Learner, batch: Any, sums: Sums) -> None:
             backward(self, batch, sums)
             if self.step >= FROM_STEP:
                 die_once(run, "after backward")
+                die_once(run, f"after backward, rank {member.rank}")
                 hang_once(run, "learning hangs")
 
         def mortal_pipe(fs: Any, path: str, body: bytes) -> None:
@@ -171,7 +177,7 @@ class MortalWork:
 
         def mortal_publish(self: RayStream, weights: Weights) -> None:
             if weights.version > FROM_STEP and "publishing learner" in armed(run):
-                self._actor.publish.remote(weights)
+                self._actor.publish.remote(self._learner, weights)
                 die_once(run, "publishing learner")
             publish(self, weights)
 

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from aquarl.cli import main
-from aquarl.cluster.chaos import compared, each_once_an_epoch
+from aquarl.cluster.chaos import (
+    KINDS,
+    LEARNER,
+    STREAM,
+    WORKER,
+    compared,
+    each_once_an_epoch,
+    ledger_of,
+)
+from aquarl.cluster.results import copy_up_to_sft
 from aquarl.config import load_config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.records import Metrics
@@ -44,6 +54,21 @@ def test_a_run_killed_at_every_point_gives_the_weights_of_an_undisturbed_one(
     assert not (after_sft / "scaled.json").exists()
     trained = rows(after_sft / "ledger.jsonl")
     assert len(trained) == 48 and len({row["problem"] for row in trained}) == 48
+
+
+def test_two_learners_of_which_one_dies_end_with_the_weights_of_an_undisturbed_pair(
+    after_sft: Path, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ("cluster.learners=2", "rl.rollout_workers=2", "cluster.max_failures=3")
+    peace = tmp_path / "peace"
+    copy_up_to_sft(after_sft, peace)
+    assert run_rl(tiny, peace, *pair) == 0
+    employ(monkeypatch)
+    arm(after_sft, "after backward, rank 1", "checkpoint write", "batch taken, rank 0")
+    assert run_rl(tiny, after_sft, *pair) == 0
+    assert armed(after_sft) == []
+    assert_same(weights(after_sft), weights(peace))
+    assert ledger_of(str(after_sft)) == ledger_of(str(peace))
 
 
 def test_a_lease_that_kills_its_workers_is_set_aside_and_the_run_goes_on(
@@ -115,11 +140,15 @@ def test_a_run_killed_at_random_is_the_same_to_the_bit(
     told = json.loads((after_sft / "chaos.json").read_text())
     assert told["holds"] and all(run["checks"]["weights_identical"] for run in told["runs"])
     recovered = [row for row in told["table"] if row["recovered"]]
-    assert told["faults"] and recovered
+    killed = Counter(KINDS[fault["kind"]] for fault in told["faults"])
+    assert all(killed[part] for part in (WORKER, LEARNER, STREAM)), killed
     for row in recovered:
         assert row["median_s"] < row["allowed_s"], row
     assert len(rows(after_sft / "chaos/disturbed_1/ledger.jsonl")) == 80 * 8
-    assert "| stream, SIGKILL | " in (after_sft / "chaos.md").read_text()
+    assert (
+        f"| {recovered[0]['fault']} | {recovered[0]['injected']} | "
+        in (after_sft / "chaos.md").read_text()
+    )
     assert "weights identical: yes" in capsys.readouterr().out.replace("\n", " ")
 
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -19,6 +20,7 @@ from ray.exceptions import (
     OutOfMemoryError,
     RayActorError,
     RayError,
+    RayTaskError,
     WorkerCrashedError,
 )
 from ray.train.torch import TorchConfig
@@ -30,11 +32,12 @@ from aquarl.cluster.learner_group import Member, run_group
 from aquarl.cluster.meeting import Meeting
 from aquarl.cluster.relay import relay_to
 from aquarl.cluster.results import finished_policy
+from aquarl.cluster.stages import RayStream
 from aquarl.config import Config, load_config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import AquarlError, ClusterError, DataError
 from aquarl.observe.metrics import JsonlSink, Sinks, read_metrics
-from aquarl.records import Metrics
+from aquarl.records import Metrics, Sampling, Weights
 from tests.conftest import assert_same, eventually, rows, run_rl, weights
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -249,6 +252,32 @@ def test_what_one_learner_alone_lacks_ends_them_all_at_once(tiny: str, tmp_path:
 
     with pytest.raises(AquarlError, match="its disk is empty"):
         run_group(config, work)
+
+
+@pytest.mark.slow
+def test_a_group_of_learners_of_before_is_not_heard(after_sft: Path, tiny: str) -> None:
+    """Its host was cut off and comes back, say: its steps would drop those of the new group."""
+    config = load_config(tiny, [f"run.dir={after_sft}"])
+    fingerprint = Tokenizer.load(f"{after_sft}/tokenizer").fingerprint
+    shape = finished_policy(str(after_sft), "sft", fingerprint).shape
+    nothing = Weights(2, 0, np.zeros(1))
+    with hired_stream(config, wanted=True) as actor:
+        old, new, its_other_rank = (RayStream(config, actor) for _ in range(3))
+        old.begin(shape)
+        ray.get(actor.scale.remote(0), timeout=60)
+        old.rewind(2, 16)
+        new.rewind(2, 16)
+        for call in (
+            lambda: old.publish(nothing),
+            lambda: old.next_step(9, 0, 1),
+            lambda: old.evaluate("validation 9", (), Sampling(1)),
+        ):
+            with pytest.raises(RayTaskError, match="Another group of learners"):
+                call()
+        assert new.status()["weights_version"] == -1
+        its_other_rank.join()
+        its_other_rank.publish(nothing)
+        assert new.status()["weights_version"] == 2
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from aquarl.config import RLConfig, SupervisedConfig
 from aquarl.data.batches import PackedRows
 from aquarl.engines.torch_engine import TorchSampler
+from aquarl.errors import AquarlError, ClusterError
 from aquarl.model.gpt import GPT
 from aquarl.model.shape import Shape
 from aquarl.records import Conversation, Message, Metrics, Problem, StepShare, Weights
 from aquarl.rl.learner import Learner
-from aquarl.rl.loop import InProcess, step_times, train_policy
+from aquarl.rl.loop import Each, InProcess, alone, step_times, train_policy
 from aquarl.rl.prompts import PromptSource
 from aquarl.rl.stream import RolloutStream
 from aquarl.tasks.base import to_conversation, to_prompt
@@ -67,6 +69,29 @@ def config_of(**settings: object) -> RLConfig:
     return RLConfig(**(plan | settings))
 
 
+@pytest.mark.parametrize("method", ["evaluate", "next_step"])
+def test_what_fails_on_one_rank_is_heard_by_all(
+    guesser: dict[str, Tensor], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the others would wait for it in the next update, for half an hour."""
+    run, heard = Run(config_of(), guesser), []
+
+    def fails(*_: object) -> None:
+        raise ClusterError("the pool is gone")
+
+    def each(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except AquarlError as error:
+            heard.append(str(error))
+            raise
+
+    monkeypatch.setattr(run.in_process, method, fails)
+    with pytest.raises(AquarlError, match="the pool is gone"):
+        run.go(each)
+    assert heard == ["the pool is gone"]
+
+
 def test_waiting_learning_and_publishing_make_up_a_step() -> None:
     share = StepShare((), 0, 0, {"time/sample_per_worker_s": 3.0})
     times = step_times(share, began=10.0, waited=12.0, learned=15.0, published=16.0)
@@ -101,7 +126,7 @@ class Run:
         # Through bytes, as a checkpoint would: the optimizer goes on changing its own tensors.
         self.saved[learner.step] = (frontier, weights, copied(learner.state()))
 
-    def go(self) -> Run:
+    def go(self, each: Each = alone) -> Run:
         validation = [to_prompt(problem, TOKENIZER) for problem in PROBLEMS[:3]]
         train_policy(
             self.config,
@@ -110,6 +135,7 @@ class Run:
             validation=validation,
             log=self.log,
             save=self.save,
+            each=each,
         )
         return self
 

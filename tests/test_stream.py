@@ -507,9 +507,14 @@ def test_each_rank_gets_a_group_even_where_few_are_useful() -> None:
     submit_all(stream, leased(stream))
     while (lease := stream.lease("w", 0.0)) is not None:
         submit_all(stream, lease, rewards=(1, 1))
+    counted = set()
     for rank in range(3):
         share = stream.step_share(0, rank, 3)
         assert share is not None and share.groups
+        counted.add((share.tokens_in_step, share.rollouts_in_step))
+    alone = stream.step_share(0, 0, 1)
+    assert alone is not None and len(alone.groups) == 2
+    assert counted == {(alone.tokens_in_step, alone.rollouts_in_step)}, "the same gradient"
     one = stream.step_share(0, 0, 2)
     assert one is not None and len(one.groups) == 1, "two useful groups are enough for two"
 

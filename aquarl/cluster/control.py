@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private import services
 from ray._private.authentication.authentication_token_setup import (
@@ -65,7 +66,7 @@ def status(config: Config) -> dict[str, Any]:
 def _ask(config: Config, method: str, *args: Any) -> Any:
     """Return what the run's stream answers, in the cluster that is named or any of this machine."""
     named = cluster_address(config)
-    here = [named] if named or ray.is_initialized() else sorted(services.find_gcs_addresses())
+    here = [named] if named or ray.is_initialized() else sorted(_addresses_here())
     why = "no Ray runs on this machine"
     for address in here:
         try:
@@ -84,6 +85,18 @@ def _ask(config: Config, method: str, *args: Any) -> Any:
         "run.dir=... and its cluster with cluster.address=HOST:6379, from a machine of that "
         "cluster. Stages before RL have no workers to ask."
     )
+
+
+def _addresses_here() -> set[str]:
+    """Return the Ray clusters that this user runs on this machine. Another's could be anything, and
+    would be sent the token."""
+    found = set()
+    for process in psutil.process_iter(["name", "uids", "cmdline"]):
+        about = process.info
+        if about["name"] == "raylet" and about["uids"] and about["uids"].real == os.getuid():
+            flags = (flag.partition("=") for flag in about["cmdline"] or ())
+            found |= {value for flag, _, value in flags if flag == "--gcs-address"}
+    return found
 
 
 @contextmanager

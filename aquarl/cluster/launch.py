@@ -40,6 +40,9 @@ from aquarl.cluster.results import (
 from aquarl.config import Config, RolloutKind
 from aquarl.errors import ClusterError, ConfigError
 
+CALLS_AT_ONCE = 4096
+"""Of the stream: each worker has a question or two open, and there may be 1,024."""
+
 TOKENIZER_WITHIN_S = 2 * 3600.0
 CHARACTERS_LOOKED_AT = 100_000
 """Of what the vocabulary was trained on: to count how many bytes one of its tokens stands for."""
@@ -183,7 +186,10 @@ def hired_stream(config: Config, *, wanted: bool) -> Iterator[Any]:
 
     # In RL its death is a failure of the learners, and counted there.
     hired = ray.remote(num_cpus=0, max_restarts=-1)(StreamActor).options(
-        name="stream", namespace=namespace(config), scheduling_strategy=beside_driver()
+        name="stream",
+        namespace=namespace(config),
+        scheduling_strategy=beside_driver(),
+        max_concurrency=CALLS_AT_ONCE,
     )
     try:
         stream: Any = hired.remote(config)

@@ -48,8 +48,8 @@ from aquarl.storage import remove
 T = TypeVar("T")
 
 ABORT_S = 5.0
-LONGEST_WAIT = timedelta(days=1)
-"""For what one learner does for the others: encoding a corpus, above all."""
+WAIT, LONGEST_WAIT = timedelta(hours=1), timedelta(days=1)
+"""Of learners for one another; and for what one does for a machine: encoding a corpus."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Member:
         dist.all_reduce(values)
         return dict(zip(numbers, values.tolist(), strict=True))
 
-    def each(self, work: Callable[[], T]) -> T:
+    def each(self, work: Callable[[], T], within: timedelta = WAIT) -> T:
         """Return what this makes here, once every worker has done it. No such call within another.
 
         Raises:
@@ -89,7 +89,7 @@ class Member:
             made = work()
         except AquarlError as error:
             fault = str(error)
-        for said in self._said_by_all(fault):
+        for said in self._said_by_all(fault, within):
             if said:
                 raise AquarlError(said)
         return cast(T, made)
@@ -97,13 +97,13 @@ class Member:
     def once_a_machine(self, work: Callable[[], None]) -> None:
         """Do this on one worker of each machine while the others wait, for hours if need be.
         Raises: AquarlError, as `each`."""
-        self.each(work if self.local_rank == 0 else _nothing)
+        self.each(work if self.local_rank == 0 else _nothing, LONGEST_WAIT)
 
     def once(self, work: Callable[[], None]) -> None:
         """Do this on rank 0 while the others wait. Raises: AquarlError, as `each`."""
         self.each(work if self.rank == 0 else _nothing)
 
-    def _said_by_all(self, word: str) -> list[str]:
+    def _said_by_all(self, word: str, within: timedelta) -> list[str]:
         """Return what each rank says, once all have said it.
 
         By the group's store: whoever waits in a collective gives up after half an hour at most.
@@ -113,7 +113,7 @@ class Member:
         store, number = dist.distributed_c10d._get_default_store(), next(self._meetings)
         keys = [f"aquarl/{number}/{rank}" for rank in range(self.world)]
         store.set(keys[self.rank], f":{word}")  # never empty
-        store.wait(keys, LONGEST_WAIT)
+        store.wait(keys, within)
         return [store.get(key).decode()[1:] for key in keys]
 
 

@@ -41,6 +41,8 @@ class RolloutWorker:
         self._stream = stream
         self._have: tuple[int, int] | None = None
         """Version and checksum of the weights that the sampler holds."""
+        self._asked: Any = None
+        """The open question for newer weights, where they may change between two tokens."""
 
     def __repr__(self) -> str:
         return f"RolloutWorker({self._name})"  # Ray asks once, when it is made
@@ -88,17 +90,17 @@ class RolloutWorker:
         from aquarl.engines.torch_engine import TorchSampler
 
         assert isinstance(self._sampler, TorchSampler), "RLConfig allows no other"
-        asked = self._stream.newer.remote(self._have)
+        if self._asked is None:
+            self._asked = self._stream.newer.remote(self._have)
 
         def newer_weights() -> Weights | None:
-            nonlocal asked
-            if not ray.wait([asked], timeout=0)[0]:
+            if not ray.wait([self._asked], timeout=0)[0]:
                 return None
-            offer, weights = ray.get(asked), None
-            if offer.weights is not None:
+            offer, weights = ray.get(self._asked), None
+            if offer.weights is not None and offer.identity != self._have:  # else a lease had them
                 weights = self._wait_for(offer.weights, "new weights")
                 self._have = offer.identity
-            asked = self._stream.newer.remote(self._have)
+            self._asked = self._stream.newer.remote(self._have)
             return weights
 
         # An evaluation is of the very weights that were asked about.

@@ -266,6 +266,7 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
 
     post.begin("rl", learner.step)
     member.once(begin)  # no rank may ask for a step of before the rewind
+    member.each(stream.join)
     last: Metrics = {}
 
     def log(step: int, metrics: Metrics) -> None:
@@ -311,6 +312,7 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         validation=validation,
         log=log,
         save=save,
+        each=member.each,
     )
     seen = stream.status()
     post.finish(
@@ -341,6 +343,8 @@ class RayStream:
         self._actor, self._run_dir = actor, config.run.dir
         self._waiting = deadline.lifted if deadline else nullcontext
         self._timeout_s = config.rl.wait_timeout_s + 60  # the stream itself gives up earlier
+        self._learner = ""
+        """What this rank's group is to the stream, once it is of one."""
         self.groups_of_step: list[RolloutGroup] = []
         """On rank 0: all groups of the step that was asked for last."""
         self.set_aside_of_step: list[Lease] = []
@@ -357,13 +361,17 @@ class RayStream:
         self._call(self._actor.begin, shape)
 
     def publish(self, weights: Weights) -> None:
-        self._call(self._actor.publish, weights)
+        self._call(self._actor.publish, self._learner, weights)
 
     def rewind(self, step: int, position: int) -> None:
-        self._call(self._actor.rewind, step, position)
+        self._learner = self._call(self._actor.rewind, step, position)
+
+    def join(self) -> None:
+        """Be of the group of learners that another rank announced by `rewind`."""
+        self._learner = self._call(self._actor.learner)
 
     def next_step(self, step: int, rank: int, world: int) -> StepShare:
-        share: StepShare = self._call(self._actor.next_step, step, rank, world)
+        share: StepShare = self._call(self._actor.next_step, self._learner, step, rank, world)
         self.groups_of_step, self.set_aside_of_step = list(share.groups), []
         seen = share.metrics
         is_all = len(share.groups) == seen["reward/groups"] and not seen["reward/groups_set_aside"]
@@ -376,7 +384,9 @@ class RayStream:
     def evaluate(
         self, name: str, prompts: Sequence[Prompt], sampling: Sampling
     ) -> list[RolloutGroup]:
-        groups: list[RolloutGroup] = self._call(self._actor.evaluate, name, prompts, sampling)
+        groups: list[RolloutGroup] = self._call(
+            self._actor.evaluate, self._learner, name, prompts, sampling
+        )
         return groups
 
     def frontier(self, step: int) -> int:

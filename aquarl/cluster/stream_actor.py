@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -69,7 +70,8 @@ class StreamActor:
         self._config = config
         self._begun: RolloutStream | None = None
         self._refused: dict[str, int] = {}
-        self._rewinds = 0
+        self._learner = ""
+        """Which group of learners is heard: the one that went back to a checkpoint last."""
         self._changed, self._work = asyncio.Condition(), asyncio.Condition()
         """For who waits for groups, and for workers that wait for a lease."""
         self._weights: Any = None
@@ -209,7 +211,9 @@ class StreamActor:
             ).remote()
             async for groups in leases:
                 await self._accept(await groups)
-        except RayError as error:
+        except Exception as error:  # of Ray, mostly; whatever it is, its lease is given again
+            if not isinstance(error, RayError):
+                logger.exception("What rollout worker %s sent could not be booked.", name)
             await self._bury(name, error)
         else:
             self._workers.pop(name, None)
@@ -225,7 +229,7 @@ class StreamActor:
         if accepted and self._stream.is_complete_with(accepted[-1]):
             await self._notify(workers=self._config.rl.refill_uniform_groups)
 
-    async def _bury(self, name: str, error: RayError) -> None:
+    async def _bury(self, name: str, error: Exception) -> None:
         """Free a dead worker's lease and hire another, unless too many died already.
 
         One that failed is ended, whatever it failed of: an error of its engine, memory that ran
@@ -300,24 +304,40 @@ class StreamActor:
 
     # Towards the learner.
 
-    async def publish(self, weights: Weights) -> None:
+    async def publish(self, learner: str, weights: Weights) -> None:
         """Keep these weights for whoever leases from now on."""
+        self._require(learner)
         self._weights = ray.put(weights)  # ours now: it outlives the learner that made it
         self._identity = (weights.version, weights.checksum)
         self._stream.publish(weights.version)
         await self._notify()
 
-    async def rewind(self, step: int, position: int) -> None:
-        """Begin at this step, forgetting all leases: what the learner does when it (re)starts."""
+    async def rewind(self, step: int, position: int) -> str:
+        """Begin at this step, forgetting all leases: what the learner does when it (re)starts.
+
+        Returns:
+            What its group calls itself from now on. Whoever still is of a group before it, or waits
+            for what was before, is told so: its steps would drop what the new one waits for.
+        """
         self._stream.rewind(step, position)
         self._gave_at = None
-        self._rewinds += 1  # who still waits for what was before is told so
+        self._learner = secrets.token_hex(8)
         if self._workers:  # else nobody is left, and why still holds
             self._fault = None
         await self._notify()
+        return self._learner
 
-    async def next_step(self, step: int, rank: int, world: int) -> StepShare:
+    async def learner(self) -> str:
+        """Return what the group of learners calls itself, for its other ranks."""
+        return self._learner
+
+    def _require(self, learner: str) -> None:
+        if learner != self._learner:  # no mistake of the user's: its group is to start again
+            raise RuntimeError("Another group of learners, or none, has begun here since.")
+
+    async def next_step(self, learner: str, step: int, rank: int, world: int) -> StepShare:
         """Wait for a rank's groups of a step. Raises: ClusterError, saying why they cannot come."""
+        self._require(learner)
         asked_at, fullness = time.monotonic(), self._stream.fullness(step)
         share: StepShare = await self._until(
             lambda: self._stream.step_share(step, rank, world), f"the groups of step {step}"
@@ -332,9 +352,10 @@ class StreamActor:
         return self._stream.step_groups(step) or [], self._stream.set_aside(step)
 
     async def evaluate(
-        self, name: str, prompts: Sequence[Prompt], sampling: Sampling
+        self, learner: str, name: str, prompts: Sequence[Prompt], sampling: Sampling
     ) -> list[RolloutGroup]:
         """Sample one answer a prompt with the newest weights. Raises: ClusterError."""
+        self._require(learner)
         self._stream.ask(name, prompts, [(0,)] * len(prompts), sampling)
         await self._notify()
         groups: list[RolloutGroup] = await self._until(
@@ -381,11 +402,10 @@ class StreamActor:
 
     async def _until(self, ready: Any, what: str) -> Any:
         deadline = time.monotonic() + self._config.rl.wait_timeout_s
-        rewinds = self._rewinds
+        learner = self._learner
         while (result := ready()) is None:
             await self._wait(deadline)
-            if self._rewinds != rewinds:  # asking on would drop what the new learner waits for
-                raise ClusterError(f"{what} will not come: the learner went back to a checkpoint.")
+            self._require(learner)
             if self._fault:
                 raise ClusterError(self._fault)
             if time.monotonic() > deadline:
@@ -449,4 +469,11 @@ class StreamActor:
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)  # the loop itself keeps only weak references
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("A task of the stream failed.", exc_info=error)
+            self._fault = f"The stream failed ({last_line(error)}). The last checkpoint is whole: "
+            self._fault += "start the same command again to resume."

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 from aquarl.config import RLConfig
 from aquarl.data.tokenizer import Tokenizer
@@ -25,6 +26,19 @@ from aquarl.records import (
 from aquarl.rl.learner import Learner
 from aquarl.rl.rewards import scored_groups
 from aquarl.rl.stream import RolloutStream, describe
+
+T = TypeVar("T")
+
+
+class Each(Protocol):
+    def __call__(self, work: Callable[[], T], /) -> T:
+        """Return what this makes here, once every rank has done it. Raises: what it raised on any
+        of them; so none waits in the update for one that has given up."""
+
+
+def alone(work: Callable[[], T]) -> T:
+    """The `Each` of a learner that is the only one."""
+    return work()
 
 
 class LearnerStream(Protocol):
@@ -53,6 +67,7 @@ def train_policy(
     validation: Sequence[Prompt],
     log: Callable[[int, Metrics], None],
     save: Callable[[Learner, int], None],
+    each: Each = alone,
 ) -> None:
     """Update the policy until `config.steps`. Starts at `learner.step`, so it also resumes.
 
@@ -60,16 +75,24 @@ def train_policy(
         validation: Problems that are evaluated greedily on the way, by rank 0's asking.
         log: Called with the step that the numbers belong to.
         save: Called with the learner and the frontier to write beside it.
+        each: How the ranks do together what may fail on one of them.
     """
+
+    def look(step: int) -> None:
+        """Validate on rank 0. The others wait, so that none waits too long for its next step."""
+        seen = each(lambda: validate(stream, validation, config, step) if is_first_rank else {})
+        if is_first_rank:
+            log(step, seen)
+
     is_first_rank = learner.rank == 0
     if is_first_rank:
         stream.publish(learner.weights())
     while (step := learner.step) < config.steps:
-        if is_first_rank and step % config.eval_every == 0:
-            log(step, validate(stream, validation, config, step))
+        if step % config.eval_every == 0:
+            look(step)
 
         began = time.perf_counter()
-        share = stream.next_step(step, learner.rank, learner.world)
+        share = each(partial(stream.next_step, step, learner.rank, learner.world))
         waited = time.perf_counter()
         metrics = learner.update(share.groups, share.tokens_in_step, share.rollouts_in_step)
         learned = time.perf_counter()
@@ -80,8 +103,7 @@ def train_policy(
         log(step, metrics | share.metrics | times | {"tokens/trained": share.tokens_in_step})
         if learner.step % config.save_every == 0 or learner.step == config.steps:
             save(learner, stream.frontier(learner.step))
-    if is_first_rank:
-        log(learner.step, validate(stream, validation, config, learner.step))
+    look(learner.step)
 
 
 def step_times(

@@ -148,14 +148,17 @@ class RolloutStream:
             for lease_id in self._leases_of_step[step]:
                 self._set_aside(self._open[lease_id])
             groups = []
-        trained = groups
+        counted, others = groups, []
         if self.config.refill_uniform_groups:
-            useful = [group for group in groups if not is_uniform(group)]
-            trained = useful if len(useful) >= world else groups  # each rank needs a group
+            counted = [group for group in groups if not is_uniform(group)] or groups
+            others = [group for group in groups if is_uniform(group)]
+        # Each rank needs a group. One that teaches nothing is not counted: the same step has the
+        # same gradient whatever the number of ranks.
+        trained = counted + others[: max(0, world - len(counted))]
         return StepShare(
             groups=tuple(trained[rank::world]),
-            tokens_in_step=sum(sum(group.glance.lengths) for group in trained),
-            rollouts_in_step=sum(len(group.glance.lengths) for group in trained),
+            tokens_in_step=sum(sum(group.glance.lengths) for group in counted),
+            rollouts_in_step=sum(len(group.glance.lengths) for group in counted),
             metrics=describe(groups, step)
             | {"reward/groups_set_aside": sum(len(x.prompts) for x in self.set_aside(step))},
         )
