@@ -173,7 +173,7 @@ class Learner:
 
     def run(self, steps: int) -> None:
         buffer = np.zeros(1 << 20, dtype=np.uint8)
-        me = ray.get(self._stream.rewind.remote(0, 0), timeout=PATIENCE_S)
+        me = ray.get(self._stream.rewind.remote(0, 0, {}), timeout=PATIENCE_S)
         for step in range(steps):
             weights = Weights(step, step + 1, buffer)
             ray.get(self._stream.publish.remote(me, weights), timeout=PATIENCE_S)
@@ -334,9 +334,12 @@ of the rest is Ray's price of a lease, a call and a streamed item. So the first 
 beside it uses little more than a core.
 
 **What one GPU gives since.** aquarl's own engine samples 131 such groups a second on an H200 at
-depth 8, and its learner takes as many (`ray_jobs/LOG.md`, 2026-11-26). So with 32 prompts a
-lease a stream on a core is full with 13 to 17 such workers that do not wait; 64 would give 8,400
-groups/s, four times the most it carried.
+depth 8 and 117 on an H100, and its learner takes as many (`ray_jobs/LOG.md`, 2026-11-26). So with
+32 prompts a lease a stream on a core is full with 13 to 17 such workers that do not wait. 64 of
+them would give 7,500 to 8,400 groups/s, about four times the most it carried; ten times that, the
+room wanted, is some 35 times out of one stream's reach, and one machine's network would carry 3 to
+4 GB/s of it. More than half of the loop's own time goes to making prompts when a step is opened:
+tokenising each anew, as its options come in another order in every epoch.
 
 **Beyond that: sharded streams.** Nothing but the position of the next prompt and the published
 version is shared among leases, so a run can have S stream actors, each with the workers and the

@@ -252,16 +252,17 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         rank=member.rank,
         world=member.world,
     )
-    frontier = trained_tokens = 0
+    frontier, trained_tokens, counts = 0, 0, dict[str, int]()
     if facts := member.each(lambda: _resume(config, "rl", tokenizer, model, learner)):
         frontier, trained_tokens = int(facts["frontier"]), int(facts["trained_tokens"])
+        counts = facts.get("stream", {})
 
     stream = RayStream(config, post.stream, post.deadline)
     ledger = member.each(lambda: Ledger(config.run.dir, learner.step))
 
     def begin() -> None:
         stream.begin(model.shape)
-        stream.rewind(learner.step, frontier)
+        stream.rewind(learner.step, frontier, counts)
         forget_transcripts(config.run.dir, learner.step)
 
     post.begin("rl", learner.step)
@@ -300,6 +301,7 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
                     "settings": settings_of(config, "rl"),
                     "frontier": frontier,
                     "trained_tokens": trained_tokens,
+                    "stream": stream.status()["counts"],
                 },
             )
 
@@ -323,7 +325,7 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         tokens=trained_tokens,
         rollout_workers=seen["wanted"],
         refused=seen["refused"],
-        stream=seen["counts"] | {"workers_replaced": seen["replaced"]},
+        stream=seen["counts"],
     )
 
 
@@ -363,8 +365,8 @@ class RayStream:
     def publish(self, weights: Weights) -> None:
         self._call(self._actor.publish, self._learner, weights)
 
-    def rewind(self, step: int, position: int) -> None:
-        self._learner = self._call(self._actor.rewind, step, position)
+    def rewind(self, step: int, position: int, counts: dict[str, int] | None = None) -> None:
+        self._learner = self._call(self._actor.rewind, step, position, counts or {})
 
     def join(self) -> None:
         """Be of the group of learners that another rank announced by `rewind`."""

@@ -86,7 +86,7 @@ class StreamActor:
         """Workers that have asked for work; the others start, or wait for a place."""
         self._size: PoolSize | None = PoolSize(config.rl)
         """Decides on the size of the pool, until a person does."""
-        self._wanted, self._hired, self._replaced = self._size.wanted, 0, 0
+        self._wanted, self._hired = self._size.wanted, 0
         self._scaled = f"{config.run.dir}/scaled.json"
         """What a person decided, for the next stream of this run, should this one die."""
         self._recall()
@@ -261,15 +261,15 @@ class StreamActor:
         elif isinstance(mistake := users_mistake(error), (ConfigError, DataError, CheckpointError)):
             self._fault = str(mistake)  # every worker would say the same
         elif self._deaths_in_a_row > self._limit or self._failed_starts > STARTS * self._wanted:
+            before = self._stream.counts["workers_replaced"]
             self._fault = (
                 f"Rollout worker {name} {'died' if has_started else 'could not start'} "
-                f"({why}) and {self._replaced} were replaced before it, so replacing "
-                "it again would not help. The last checkpoint is whole. If the log ends in an "
-                "out-of-memory error, halve rl.prompts_per_lease; then start the same command "
-                "again to resume."
+                f"({why}) and {before} were replaced before it, so replacing it again would not "
+                "help. The last checkpoint is whole. If the log ends in an out-of-memory error, "
+                "halve rl.prompts_per_lease; then start the same command again to resume."
             )
         else:
-            self._replaced += 1
+            self._stream.counts["workers_replaced"] += 1
             await asyncio.sleep(min(0.05 * 2**self._deaths_in_a_row, 5.0))
             if len(self._workers) < self._wanted and not self._is_over:
                 self._hire()
@@ -312,13 +312,19 @@ class StreamActor:
         self._stream.publish(weights.version)
         await self._notify()
 
-    async def rewind(self, step: int, position: int) -> str:
+    async def rewind(self, step: int, position: int, counts: dict[str, int]) -> str:
         """Begin at this step, forgetting all leases: what the learner does when it (re)starts.
+
+        Args:
+            counts: Of the run up to there, as `counts` gave them: a stream that is new goes on
+                from them.
 
         Returns:
             What its group calls itself from now on. Whoever still is of a group before it, or waits
             for what was before, is told so: its steps would drop what the new one waits for.
         """
+        if not self._learner:
+            self._stream.counts.update(counts)
         self._stream.rewind(step, position)
         self._gave_at = None
         self._learner = secrets.token_hex(8)
@@ -379,7 +385,6 @@ class StreamActor:
             "waiting": sorted(self._workers.keys() - self._up),
             "wanted": self._wanted,
             "wait_share": round(self._wait_share, 3),
-            "replaced": self._replaced,
             "leases": self._stream.holders(),
             "counts": dict(self._stream.counts),
             "refused": self._refused,
@@ -416,7 +421,7 @@ class StreamActor:
 
     def _why_late(self, what: str) -> str:
         seconds = self._config.rl.wait_timeout_s
-        if not self._stream.counts["leases"]:
+        if not self._up:
             kind = kinds_of(self._config)[0]
             return (
                 f"No rollout worker has started in {seconds:.0f} s. Each asks Ray for "

@@ -50,7 +50,8 @@ class RolloutStream:
     def __init__(self, source: PromptSource, config: RLConfig) -> None:
         self.source, self.config = source, config
         self.counts: Counter[str] = Counter()
-        """"late", "reissued", "set_aside", "leases", "groups": over the life of the stream."""
+        """"late", "reissued", "set_aside", "leases", "groups", "workers_replaced": over the life of
+        the run, as far as its checkpoints tell."""
         self._ids = 0
         self._bad: dict[tuple[int, str, tuple[str, ...]], int] = {}
         """Leases to set aside, by step, purpose and problems, and the deaths over each."""
