@@ -6,7 +6,9 @@ The runs start from one finished SFT stage, without staleness, so every number i
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.train.torch import TorchConfig
+from ray.util.state import list_actors
 
 from aquarl.cli import main
 from aquarl.cluster.errors import plain_errors
@@ -36,6 +39,7 @@ from aquarl.cluster.stages import RayStream
 from aquarl.config import Config, load_config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import AquarlError, ClusterError, DataError
+from aquarl.model.flat_weights import flatten
 from aquarl.observe.metrics import JsonlSink, Sinks, read_metrics
 from aquarl.records import Metrics, Sampling, Weights
 from tests.conftest import assert_same, eventually, rows, run_rl, weights
@@ -306,6 +310,42 @@ def test_workers_sent_away_before_they_are_up_are_no_deaths_and_come_back_when_w
         eventually(lambda: len(pool(stream)["workers"]) == 3)
         seen = pool(stream)
     assert "workers_replaced" not in seen["counts"] and seen["waiting"] == []
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_one_too_many_finishes_its_lease_and_leaves(
+    after_sft: Path, tiny: str
+) -> None:
+    """The newest is stopped with a lease in hand, so that the pool shrinks while it has it."""
+    three = ("rl.rollout_workers=3", "rl.max_staleness=1")  # four leases at once
+    config = load_config(tiny, [f"run.dir={after_sft}", *three])
+    fingerprint = Tokenizer.load(f"{after_sft}/tokenizer").fingerprint
+    policy = finished_policy(str(after_sft), "sft", fingerprint)
+    with hired_stream(config, wanted=True) as actor:
+        stream = RayStream(config, actor)
+
+        def workers() -> list[str]:
+            names: list[str] = stream.status()["workers"]
+            return names
+
+        stream.begin(policy.shape)
+        stream.rewind(0, 0)
+        eventually(lambda: len(workers()) == 3)
+        here = ray.get_runtime_context().gcs_address
+        actors = list_actors(here, filters=[("state", "=", "ALIVE")], detail=True)
+        (newest,) = [actor.pid for actor in actors if (actor.name or "").startswith("rollout-2-")]
+        os.kill(newest, signal.SIGSTOP)
+        try:
+            stream.publish(flatten(policy, 0))
+            eventually(lambda: "rollout-2" in stream.status()["leases"])
+            ray.get(actor.scale.remote(1), timeout=60)
+            eventually(lambda: workers() == ["rollout-0", "rollout-2"])
+        finally:
+            os.kill(newest, signal.SIGCONT)
+        eventually(lambda: workers() == ["rollout-0"])
+        groups = [group for step in (0, 1) for group in stream.next_step(step, 0, 1).groups]
+        assert "rollout-2" in {group.worker for group in groups}
+        assert not stream.status()["counts"].get("reissued")
 
 
 @pytest.mark.slow

@@ -41,8 +41,8 @@ class RolloutWorker:
         self._stream = stream
         self._have: tuple[int, int] | None = None
         """Version and checksum of the weights that the sampler holds."""
-        self._asked: Any = None
-        """The open question for newer weights, where they may change between two tokens."""
+        self._asked: tuple[Any, Any] = None, None
+        """Weights, and the question for newer ones, where they may change between two tokens."""
 
     def __repr__(self) -> str:
         return f"RolloutWorker({self._name})"  # Ray asks once, when it is made
@@ -90,18 +90,23 @@ class RolloutWorker:
         from aquarl.engines.torch_engine import TorchSampler
 
         assert isinstance(self._sampler, TorchSampler), "RLConfig allows no other"
-        if self._asked is None:
-            self._asked = self._stream.newer.remote(self._have)
+
+        def ask() -> None:
+            self._asked = self._have, self._stream.newer.remote(self._have)
 
         def newer_weights() -> Weights | None:
-            if not ray.wait([self._asked], timeout=0)[0]:
+            _, asked = self._asked
+            if not ray.wait([asked], timeout=0)[0]:
                 return None
-            offer, weights = ray.get(self._asked), None
-            if offer.weights is not None and offer.identity != self._have:  # else a lease had them
+            offer, weights = ray.get(asked), None
+            if offer.weights is not None:
                 weights = self._wait_for(offer.weights, "new weights")
                 self._have = offer.identity
-            self._asked = self._stream.newer.remote(self._have)
+            ask()
             return weights
+
+        if self._asked[1] is None or self._asked[0] != self._have:  # a lease brought newer ones
+            ask()
 
         # An evaluation is of the very weights that were asked about.
         is_training = lease.purpose == "train"
