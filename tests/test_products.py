@@ -70,6 +70,17 @@ def test_a_policys_logprobs_and_gradients_are_the_same_by_both(
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+def test_a_compiler_sees_torchs_product_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never() -> bool:
+        raise AssertionError("it would be compiled in")
+
+    monkeypatch.setattr(products, "_is_numpy_faster", never)
+    monkeypatch.setattr(products, "LARGE", 0)
+    compiled = torch.compile(products.linear, backend="eager", fullgraph=True)
+    x, weight = torch.randn(5, 16), torch.randn(24, 16)
+    torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
+
+
 def test_what_numpy_is_not_for_stays_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_is_numpy_faster", lambda: True)
     threads = torch.get_num_threads()

@@ -114,7 +114,10 @@ class Member:
         keys = [f"aquarl/{number}/{rank}" for rank in range(self.world)]
         store.set(keys[self.rank], f":{word}")  # never empty
         store.wait(keys, within)
-        return [store.get(key).decode()[1:] for key in keys]
+        said = [store.get(key).decode()[1:] for key in keys]
+        if number:  # who is here has read what was said the last time
+            store.delete_key(f"aquarl/{number - 1}/{self.rank}")
+        return said
 
 
 def _nothing() -> None:

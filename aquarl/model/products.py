@@ -51,12 +51,12 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def is_numpys(x: Tensor, columns: int) -> bool:
     """Whether NumPy is to multiply this by a matrix of so many columns."""
     return (
-        x.numel() * columns >= LARGE
+        not torch.compiler.is_compiling()  # first: a compiler is to see nothing of what follows
+        and x.numel() * columns >= LARGE
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and _is_numpy_faster()
         and torch.get_num_threads() == 1
-        and not torch.compiler.is_compiling()
     )
 
 
