@@ -271,6 +271,8 @@ class StepShare:
     rollouts_in_step: int
     metrics: Metrics
     """About the whole step, the same on every rank."""
+    is_padding: bool = False
+    """Its one group is there for the exchange of gradients alone: it is not counted."""
 
 
 @dataclass(frozen=True)

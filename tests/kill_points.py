@@ -163,8 +163,8 @@ class MortalWork:
                 die_once(run, f"batch taken, rank {rank}")
             return share
 
-        def mortal_backward(self: Learner, batch: Any, sums: Sums) -> None:
-            backward(self, batch, sums)
+        def mortal_backward(self: Learner, batch: Any, sums: Sums, share: float = 1.0) -> None:
+            backward(self, batch, sums, share)
             if self.step >= FROM_STEP:
                 die_once(run, "after backward")
                 die_once(run, f"after backward, rank {member.rank}")

@@ -15,7 +15,7 @@ from aquarl.config import RLConfig
 from aquarl.engines.torch_engine import TorchSampler
 from aquarl.model.flat_weights import load_flat
 from aquarl.model.gpt import GPT
-from aquarl.records import Prompt, RolloutGroup, Sampling, TrainBatch
+from aquarl.records import Metrics, Prompt, RolloutGroup, Sampling, TrainBatch
 from aquarl.rl.batch import build_batch
 from aquarl.rl.learner import Learner, Scorer, Sums
 from tests.fakes import make_group, random_ids, random_model
@@ -196,9 +196,9 @@ def count_rows(learner: Learner) -> list[int]:
     rows: list[int] = []
     backward = learner._backward
 
-    def counted(batch: TrainBatch, sums: Sums) -> None:
+    def counted(batch: TrainBatch, sums: Sums, share: float = 1.0) -> None:
         rows.append(len(batch.advantages_B))
-        backward(batch, sums)
+        backward(batch, sums, share)
 
     learner._backward = counted  # type: ignore[method-assign]
     return rows
@@ -224,6 +224,22 @@ def test_groups_that_teach_nothing_cost_no_gradient_and_are_counted_as_ever() ->
     assert rows == [3 * G, 6 * G]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-7)
+
+
+def test_a_rank_that_only_pads_has_no_share_in_gradient_and_sums() -> None:
+    """What KL would make of its group otherwise is in the test of that term."""
+    groups = sampled_groups(policy(), advantages=False)[:1]
+
+    def with_another_rank(sums: Metrics) -> Metrics:
+        return {name: value + 0.5 for name, value in sums.items()}
+
+    learner = Learner(
+        policy(), RLConfig(kl_weight=0.5), reference=policy(seed=5), total=with_another_rank
+    )
+    metrics = learner.update(groups, *counts(groups), is_padding=True)
+    assert metrics["learner/grad_norm"] == 0
+    for name in ("policy/kl_from_sft", "policy/ratio_mean", "policy/entropy", "loss/policy"):
+        assert metrics[name] == 0.5, "the other rank's alone"
 
 
 def test_a_step_without_advantages_changes_nothing_but_the_step() -> None:

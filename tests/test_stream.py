@@ -512,8 +512,9 @@ def test_each_rank_gets_a_group_even_where_few_are_useful() -> None:
         share = stream.step_share(0, rank, 3)
         assert share is not None and share.groups
         counted.add((share.tokens_in_step, share.rollouts_in_step))
+        assert share.is_padding == (rank == 2), "two are useful"
     alone = stream.step_share(0, 0, 1)
-    assert alone is not None and len(alone.groups) == 2
+    assert alone is not None and len(alone.groups) == 2 and not alone.is_padding
     assert counted == {(alone.tokens_in_step, alone.rollouts_in_step)}, "the same gradient"
     one = stream.step_share(0, 0, 2)
     assert one is not None and len(one.groups) == 1, "two useful groups are enough for two"

@@ -107,7 +107,8 @@ def peak_bytes(process: int | str) -> float:
     """Return the most memory that a process has held; on macOS, this one's since its start."""
     if PROCESSES.is_dir():
         lines = (PROCESSES / f"{process}/status").read_text().splitlines()
-        return next(1024 * float(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+        peaks = [1024 * float(x.split()[1]) for x in lines if x.startswith("VmHWM:")]
+        return max(peaks, default=0.0)  # one that has ended has none
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 

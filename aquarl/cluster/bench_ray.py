@@ -230,12 +230,12 @@ def _two_workers(
             streams[count].begin(work.shape)
         for count, stream in streams.items():
             _until_up(stream, count)
-        use = _Use()
+        uses = {count: _Use() for count in streams}
         for repeat in range(repeats + 1):
             for count, stream in streams.items():
-                use.begin()
+                uses[count].begin()
                 sampled_per_s = _sampled_per_second(stream, learner)
-                spent = use.end()
+                spent = uses[count].end()
                 if repeat:
                     rates[count].append(sampled_per_s)
                     cpu_s[count].append(spent["ours"])
@@ -247,7 +247,7 @@ def _two_workers(
             "tokens_per_s": rate,
             "ratio": round(rate["median"] / medians[1]["median"], 4),
             "cpu_s": spread(cpu_s[count]),
-            "peak_memory_mb": use.peak_mb,
+            "peak_memory_mb": uses[count].peak_mb,
         }
 
 
@@ -369,7 +369,8 @@ class _Use:
 
     def begin(self) -> None:
         for process in self._processes():
-            forget_peak(process)
+            with suppress(OSError):  # it has ended
+                forget_peak(process)
         self._before = _cpu_seconds(self._actors)
 
     def end(self) -> dict[str, float]:
@@ -377,8 +378,9 @@ class _Use:
         whatever else Ray started ("rest")."""
         after = _cpu_seconds(self._actors)
         spent = {part: after[part] - self._before[part] for part in after}
-        peaks = [peak_bytes(process) for process in self._processes()]
-        self.peak_mb = max(self.peak_mb, round(max(peaks) / 1e6))
+        for process in self._processes():
+            with suppress(OSError):
+                self.peak_mb = max(self.peak_mb, round(peak_bytes(process) / 1e6))
         return {
             "here": spent["here"],
             "ours": spent["here"] + spent["actors"],

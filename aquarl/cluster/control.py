@@ -67,7 +67,7 @@ def _ask(config: Config, method: str, *args: Any) -> Any:
     """Return what the run's stream answers, in the cluster that is named or any of this machine."""
     named = cluster_address(config)
     here = [named] if named or ray.is_initialized() else sorted(_addresses_here())
-    why = "no Ray runs on this machine"
+    why = "no Ray of yours runs on this machine"
     for address in here:
         try:
             with _joined(address), plain_errors():

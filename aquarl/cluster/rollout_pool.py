@@ -105,7 +105,9 @@ class RolloutWorker:
             ask()
             return weights
 
-        if self._asked[1] is None or self._asked[0] != self._have:  # a lease brought newer ones
+        # One that is answered may be of before this lease, or of before the learner went back.
+        had, asked = self._asked
+        if asked is None or had != self._have or ray.wait([asked], timeout=0)[0]:
             ask()
 
         # An evaluation is of the very weights that were asked about.

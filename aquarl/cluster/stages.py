@@ -12,13 +12,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError
 
 from aquarl.cluster.errors import plain_errors
-from aquarl.cluster.learner_group import Member
+from aquarl.cluster.learner_group import LONGEST_WAIT, Member
 from aquarl.cluster.relay import say_finished
 from aquarl.cluster.results import (
     COMES_FROM,
@@ -57,6 +57,8 @@ from aquarl.tasks.base import to_prompt
 from aquarl.tasks.catalog import load_problems
 from aquarl.train import base, mid, sft
 from aquarl.train.loop import SupervisedTrainer, train_stage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,10 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
     member.each(stream.join)
     last: Metrics = {}
 
+    def each(work: Callable[[], T]) -> T:
+        with post.deadline.lifted():  # what is waited for on any rank has one of its own
+            return member.each(work, LONGEST_WAIT)
+
     def log(step: int, metrics: Metrics) -> None:
         nonlocal trained_tokens
         last.update(metrics)
@@ -314,7 +320,7 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         validation=validation,
         log=log,
         save=save,
-        each=member.each,
+        each=each,
     )
     seen = stream.status()
     post.finish(
@@ -379,7 +385,7 @@ class RayStream:
         is_all = len(share.groups) == seen["reward/groups"] and not seen["reward/groups_set_aside"]
         if rank == 0 and not is_all:
             # Now, for no rank can ask for the next step, which forgets this one.
-            whole = self._call(self._actor.step_groups, step)
+            whole = self._call(self._actor.step_groups, self._learner, step)
             self.groups_of_step, self.set_aside_of_step = whole
         return share
 
@@ -392,7 +398,7 @@ class RayStream:
         return groups
 
     def frontier(self, step: int) -> int:
-        position: int = self._call(self._actor.frontier, step)
+        position: int = self._call(self._actor.frontier, self._learner, step)
         return position
 
     def status(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import secrets
 import time
 from collections import Counter
@@ -86,7 +87,7 @@ class StreamActor:
         """Workers that have asked for work; the others start, or wait for a place."""
         self._size: PoolSize | None = PoolSize(config.rl)
         """Decides on the size of the pool, until a person does."""
-        self._wanted, self._hired = self._size.wanted, 0
+        self._wanted, self._hired, self._replaced = self._size.wanted, 0, 0
         self._scaled = f"{config.run.dir}/scaled.json"
         """What a person decided, for the next stream of this run, should this one die."""
         self._recall()
@@ -261,14 +262,15 @@ class StreamActor:
         elif isinstance(mistake := users_mistake(error), (ConfigError, DataError, CheckpointError)):
             self._fault = str(mistake)  # every worker would say the same
         elif self._deaths_in_a_row > self._limit or self._failed_starts > STARTS * self._wanted:
-            before = self._stream.counts["workers_replaced"]
             self._fault = (
                 f"Rollout worker {name} {'died' if has_started else 'could not start'} "
-                f"({why}) and {before} were replaced before it, so replacing it again would not "
-                "help. The last checkpoint is whole. If the log ends in an out-of-memory error, "
-                "halve rl.prompts_per_lease; then start the same command again to resume."
+                f"({why}) and {self._replaced} were replaced before it, so replacing "
+                "it again would not help. The last checkpoint is whole. If the log ends in an "
+                "out-of-memory error, halve rl.prompts_per_lease; then start the same command "
+                "again to resume."
             )
         else:
+            self._replaced += 1
             self._stream.counts["workers_replaced"] += 1
             await asyncio.sleep(min(0.05 * 2**self._deaths_in_a_row, 5.0))
             if len(self._workers) < self._wanted and not self._is_over:
@@ -327,11 +329,11 @@ class StreamActor:
             self._stream.counts.update(counts)
         self._stream.rewind(step, position)
         self._gave_at = None
-        self._learner = secrets.token_hex(8)
+        self._learner = learner = secrets.token_hex(8)
         if self._workers:  # else nobody is left, and why still holds
             self._fault = None
         await self._notify()
-        return self._learner
+        return learner
 
     async def learner(self) -> str:
         """Return what the group of learners calls itself, for its other ranks."""
@@ -352,9 +354,10 @@ class StreamActor:
             await self._observe(asked_at, fullness)
         return replace(share, metrics=share.metrics | self._pool_metrics())
 
-    async def step_groups(self, step: int) -> tuple[list[RolloutGroup], list[Lease]]:
+    async def step_groups(self, learner: str, step: int) -> tuple[list[RolloutGroup], list[Lease]]:
         """Return all groups of a step that is complete and not yet followed by another, and the
         leases that it goes without."""
+        self._require(learner)
         return self._stream.step_groups(step) or [], self._stream.set_aside(step)
 
     async def evaluate(
@@ -370,7 +373,8 @@ class StreamActor:
         self._gave_at = None
         return groups
 
-    async def frontier(self, step: int) -> int:
+    async def frontier(self, learner: str, step: int) -> int:
+        self._require(learner)
         return self._stream.frontier(step)
 
     async def status(self) -> dict[str, Any]:
@@ -460,7 +464,10 @@ class StreamActor:
             for name in self._stream.overdue(time.monotonic() - TICK_S) & self._workers.keys():
                 self._overdue.add(name)
                 ray.kill(self._workers[name])  # then its lease is given again, as after any death
-            self._tell_state()
+            try:
+                self._tell_state()
+            except Exception:  # who watches does not steer
+                logger.exception("Ray took no metrics of the stream.")
 
     def _tell_state(self) -> None:
         self._metrics.state(
@@ -479,6 +486,5 @@ class StreamActor:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("A task of the stream failed.", exc_info=error)
-            self._fault = f"The stream failed ({last_line(error)}). The last checkpoint is whole: "
-            self._fault += "start the same command again to resume."
+            logger.critical("The stream ends: a task of it failed.", exc_info=error)
+            os._exit(1)  # as any death of it: Ray starts another, and the learners with it

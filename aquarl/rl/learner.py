@@ -87,7 +87,11 @@ class Learner:
         self.step = 0
 
     def update(
-        self, groups: Sequence[RolloutGroup], tokens_in_step: int, rollouts_in_step: int
+        self,
+        groups: Sequence[RolloutGroup],
+        tokens_in_step: int,
+        rollouts_in_step: int,
+        is_padding: bool = False,
     ) -> Metrics:
         """Do one optimizer step on this rank's groups. Returns means over the step's tokens.
 
@@ -95,18 +99,20 @@ class Learner:
             groups: Those of this rank, at least one, unless the whole step was set aside: then
                 the step passes without an update.
             tokens_in_step, rollouts_in_step: Counts over all ranks.
+            is_padding: Take part in the step without a share in its gradient and its sums.
         """
         if rollouts_in_step == 0:
             self.step += 1
             return {}
         started = time.perf_counter()
         sums: Sums = {}
+        share = 0.0 if is_padding else 1.0
         steep, flat = self._by_gradient(groups)
         size = self.config.micro_prompts
         last = (len(steep) - 1) // size
         for i, batch in enumerate(microbatches(steep, size, tokens_in_step, rollouts_in_step)):
             with accumulating(self.scorer, sync=i == last):
-                self._backward(on_device(batch, self.device), sums)
+                self._backward(on_device(batch, self.device), sums, share)
         with torch.no_grad():
             for batch in microbatches(flat, size, tokens_in_step, rollouts_in_step):
                 self._loss(self.alone, on_device(batch, self.device), sums)
@@ -114,7 +120,7 @@ class Learner:
         lr = lr_at(self.step, self.config.steps, self.config)
         self.optimizer.step(lr, self.step)
         self.step += 1
-        metrics = self._total({name: float(value) for name, value in sums.items()})
+        metrics = self._total({name: share * float(value) for name, value in sums.items()})
         metrics["policy/effective_fraction"] = effective_fraction(
             metrics["policy/ratio_mean"], metrics.pop("policy/ratio_square")
         )
@@ -148,9 +154,9 @@ class Learner:
             return groups[:1], groups[1:]
         return steep, [group for group in groups if not any(group.advantages)]
 
-    def _backward(self, batch: TrainBatch, sums: Sums) -> None:
+    def _backward(self, batch: TrainBatch, sums: Sums, share: float = 1.0) -> None:
         # DDP averages over ranks, but the counts are the whole step's: multiply it back.
-        (self._loss(self.scorer, batch, sums) * self.world).backward()
+        (self._loss(self.scorer, batch, sums) * (self.world * share)).backward()
 
     def _loss(self, scorer: nn.Module, batch: TrainBatch, sums: Sums) -> Tensor:
         """Return a microbatch's share of the step's loss, and add what to plot to the sums."""

@@ -94,7 +94,9 @@ def train_policy(
         began = time.perf_counter()
         share = each(partial(stream.next_step, step, learner.rank, learner.world))
         waited = time.perf_counter()
-        metrics = learner.update(share.groups, share.tokens_in_step, share.rollouts_in_step)
+        metrics = learner.update(
+            share.groups, share.tokens_in_step, share.rollouts_in_step, share.is_padding
+        )
         learned = time.perf_counter()
         if is_first_rank:
             stream.publish(learner.weights())

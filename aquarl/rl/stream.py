@@ -153,8 +153,8 @@ class RolloutStream:
         if self.config.refill_uniform_groups:
             counted = [group for group in groups if not is_uniform(group)] or groups
             others = [group for group in groups if is_uniform(group)]
-        # Each rank needs a group. One that teaches nothing is not counted: the same step has the
-        # same gradient whatever the number of ranks.
+        # Each rank needs a group. One that is there for that alone is not counted: the same step
+        # has the same gradient whatever the number of ranks.
         trained = counted + others[: max(0, world - len(counted))]
         return StepShare(
             groups=tuple(trained[rank::world]),
@@ -162,6 +162,7 @@ class RolloutStream:
             rollouts_in_step=sum(len(group.glance.lengths) for group in counted),
             metrics=describe(groups, step)
             | {"reward/groups_set_aside": sum(len(x.prompts) for x in self.set_aside(step))},
+            is_padding=rank >= len(counted) > 0,
         )
 
     def step_groups(self, step: int) -> list[RolloutGroup] | None:
