@@ -362,7 +362,8 @@ class ClusterConfig(Section):
     """How long one try to place the learner group may take, and evaluation's workers to start."""
     step_timeout_s: Seconds = 1800.0
     """A learner that is busy with one step for longer, its checkpoint included and waiting for
-    groups not, is ended, its stacks in its log, and the group starts anew."""
+    groups not, or with what it reads before the first, is ended, its stacks in its log, and the
+    group starts anew."""
     threads: PositiveInt = 1
     """CPU threads of each learner and rollout worker."""
     compile: Compile = "auto"

@@ -1,10 +1,16 @@
-"""How fast are others on the very work of `aquarl bench`? transformers and TRL, in turn with it.
+"""How fast are others on the very work of `aquarl bench`? transformers, TRL and nanochat, in turn.
 
     python ray_jobs/peers.py [--size d2 d4] [--repeats 5] [--threads 1] [--problems FILE]
+                             [--nanochat FOLDER]
 
 rollouts   transformers' `generate`, all answers in one batch, beside the torch engine
 step       TRL's GRPOTrainer with transformers' generation, beside sampling and learning
 sft        transformers' model, with torch's AdamW, beside a supervised step
+
+nanochat joins in all three where its code is at hand, in FOLDER: model, engine and optimizers of
+October 2025, whose architecture is aquarl's, driven as its `scripts/chat_rl.py` does (a prompt at a
+time, 8 or 16 answers a batch) and `chat_sft.py` (all rows in a batch). What differs from there: no
+top-k, and embeddings in fp32 as all else is, but for what its optimizer Muon makes bf16.
 
 One line of JSON for each, on a CPU: they have the same weights (exported, `serve/hf.py`), prompts,
 numbers of answers and tokens, fp32, and one process. Needs what `.venv` holds (the extra `dev`).
@@ -13,8 +19,10 @@ numbers of answers and tokens, fp32, and one process. Needs what `.venv` holds (
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -148,6 +156,98 @@ def sft(peer: Exported, threads: int) -> Callable[[], object]:
     return run
 
 
+class Nanochat:
+    """The work's policy as nanochat has it."""
+
+    def __init__(self, work: Work, code: Path) -> None:
+        self.work = work
+        if str(code) not in sys.path:
+            sys.path.insert(0, str(code))
+        self._gpt, self._engine = map(importlib.import_module, ("nanochat.gpt", "nanochat.engine"))
+
+    def model(self) -> Any:
+        shape = self.work.shape
+        model = self._gpt.GPT(
+            self._gpt.GPTConfig(
+                shape.context, shape.vocab, shape.layers, shape.heads, shape.kv_heads, shape.width
+            )
+        )
+        model.load_state_dict(self.work.model().state_dict())
+        model.transformer.wte.float()
+        return model
+
+    def sampler(self, model: Any, batch: int) -> Callable[[], list[list[list[int]]]]:
+        """Return what samples each prompt's answers; those include the prompt."""
+        work, engine = self.work, self._engine.Engine(model, _NoSpecialTokens())
+
+        def sample() -> list[list[list[int]]]:
+            answers = []
+            for place, prompt in enumerate(work.prompt_list):
+                rows: list[list[int]] = []
+                while len(rows) < work.samples:
+                    rows += engine.generate_batch(
+                        list(prompt.ids), num_samples=min(batch, work.samples), seed=place,
+                        max_tokens=work.max_new, temperature=1.0, top_k=None,
+                    )[0]  # fmt: skip
+                assert {len(row) - len(prompt.ids) for row in rows} == {work.max_new}
+                answers.append(rows)
+            return answers
+
+        return sample
+
+    def rollouts(self, batch: int) -> Callable[[], object]:
+        return self.sampler(self.model().eval(), batch)
+
+    def step(self, batch: int) -> Callable[[], object]:
+        work, model, rng = self.work, self.model(), random.Random(self.work.seed)
+        sample, optimizers = self.sampler(model, batch), model.setup_optimizers()
+
+        def run() -> None:
+            for prompt, rows in zip(work.prompt_list, sample(), strict=True):
+                ids = torch.tensor(rows)
+                inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+                targets[:, : len(prompt.ids) - 1] = -1
+                rewards = torch.tensor([rng.random() for _ in rows])
+                advantages = rewards - rewards.mean()
+                for some in range(0, len(rows), batch):
+                    part = slice(some, some + batch)
+                    nll = model(inputs[part], targets[part], loss_reduction="none")
+                    objective = -(nll.view_as(inputs[part]) * advantages[part, None]).sum()
+                    (-objective / (targets >= 0).sum() / work.prompts).backward()
+            self._update(model, optimizers)
+
+        return run
+
+    def sft(self, batch: int) -> Callable[[], object]:
+        work, model = self.work, self.model().train()
+        optimizers = model.setup_optimizers()
+        generator = torch.Generator().manual_seed(work.seed)
+
+        def run() -> None:
+            shape = work.rows, work.context + 1
+            ids = torch.randint(work.shape.vocab, shape, generator=generator)
+            for rows in ids.split(batch):
+                model(rows[:, :-1], rows[:, 1:].contiguous()).backward()
+            self._update(model, optimizers)
+
+        return run
+
+    def _update(self, model: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+
+class _NoSpecialTokens:
+    """The tokenizer of nanochat's engine, where no token ends an answer or calls a tool."""
+
+    def encode_special(self, text: str) -> int:
+        return -1
+
+    def get_bos_token_id(self) -> int:
+        return -1
+
+
 PEERS: dict[str, tuple[str, Callable[[Exported, int], Callable[[], object]]]] = {
     "rollouts": ("transformers", rollouts),
     "step": ("TRL", step),
@@ -165,8 +265,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=Work.__dataclass_fields__[name].default)
     parser.add_argument("--problems", help="a file of problems; generated ones without it")
+    parser.add_argument("--nanochat", type=Path, help="a folder with nanochat's code")
     args = vars(parser.parse_args(argv))
     sizes, repeats, threads = args.pop("size"), args.pop("repeats"), args.pop("threads")
+    code = args.pop("nanochat")
     disable_progress_bar()
     use_threads(threads)
     keep_memory()
@@ -176,15 +278,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             peer = Exported(work, Path(folder))
             for kind, (name, make) in PEERS.items():
                 ours = getattr(pieces, kind)(work, machine, "cpu", "torch")
-                theirs = Piece(make(peer, threads), ours.tokens, ours.floor_s)
-                lines = measure({"aquarl": ours, name: theirs}, repeats, "cpu")
+                runs = {name: make(peer, threads)}
+                batches = (work.rows,) if kind == "sft" else (8, 16)
+                for batch in batches if code else ():
+                    runs[f"nanochat, {batch}"] = getattr(Nanochat(work, code), kind)(batch)
+                peers = {who: Piece(run, ours.tokens, ours.floor_s) for who, run in runs.items()}
+                lines = measure({"aquarl": ours} | peers, repeats, "cpu")
                 cpu_s = {who: line["cpu_s"] for who, line in lines.items()}
-                ratio = cpu_s[name]["median"] / cpu_s["aquarl"]["median"]
+                median = {who: spread["median"] for who, spread in cpu_s.items()}
                 about = {
                     "bench": kind,
                     "size": size,
-                    "peer": name,
-                    "times_aquarls": round(ratio, 2),
+                    "times_aquarls": {
+                        who: round(median[who] / median["aquarl"], 2) for who in peers
+                    },
                 }
                 rates = {who: line["tokens_per_cpu_s"] for who, line in lines.items()}
                 here = {"hardware": hardware("cpu"), "threads": threads, "repeats": repeats}

@@ -31,10 +31,11 @@ if TYPE_CHECKING:  # every process of a run imports this file, and few of them n
 
 POINTS = (
     "lease", "submit", "batch taken", "after backward", "checkpoint write",
-    "publishing learner", "publishing stream", "sampling hangs", "learning hangs",
+    "publishing learner", "publishing stream", "sampling hangs", "learning hangs", "loading hangs",
 )  # fmt: skip
 FROM_STEP = 3
-"""Points lie in this step or later: behind the checkpoint of step 2, before the next."""
+"""Points lie in this step or later: behind the checkpoint of step 2, before the next. But for that
+in what is loaded before the first step."""
 
 
 def arm(run: Path, *points: str) -> None:
@@ -150,11 +151,17 @@ class MortalWork:
     def __call__(self, config: Config, member: Member) -> None:
         from aquarl import storage
         from aquarl.cluster.stages import RayStream
+        from aquarl.model import checkpoint
         from aquarl.rl.learner import Learner, Sums
 
         run = config.run.dir
         next_step, publish = RayStream.next_step, RayStream.publish
-        backward, pipe = Learner._backward, storage._pipe
+        backward, pipe, get = Learner._backward, storage._pipe, storage.get
+
+        def mortal_get(path: str) -> bytes:
+            if path.endswith("weights.safetensors"):
+                hang_once(run, "loading hangs")
+            return get(path)
 
         def mortal_next_step(self: RayStream, step: int, rank: int, world: int) -> StepShare:
             share = next_step(self, step, rank, world)
@@ -185,4 +192,5 @@ class MortalWork:
         RayStream.publish = mortal_publish  # type: ignore[method-assign]
         Learner._backward = mortal_backward  # type: ignore[method-assign]
         storage._pipe = mortal_pipe
+        checkpoint.get = mortal_get
         self.work(config, member)

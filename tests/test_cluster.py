@@ -5,10 +5,12 @@ The runs start from one finished SFT stage, without staleness, so every number i
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,25 @@ from ray.train.torch import TorchConfig
 from ray.util.state import list_actors
 
 from aquarl.cli import main
+from aquarl.cluster import stream_actor
 from aquarl.cluster.errors import plain_errors
 from aquarl.cluster.launch import hired_stream, run_stages
 from aquarl.cluster.learner_group import Member, run_group
 from aquarl.cluster.meeting import Meeting
 from aquarl.cluster.relay import relay_to
 from aquarl.cluster.results import finished_policy
+from aquarl.cluster.rollout_pool import RolloutWorker
 from aquarl.cluster.stages import RayStream
+from aquarl.cluster.stream_actor import Offer, StreamActor
 from aquarl.config import Config, load_config
 from aquarl.data.tokenizer import Tokenizer
+from aquarl.engines.torch_engine import TorchSampler
 from aquarl.errors import AquarlError, ClusterError, DataError
 from aquarl.model.flat_weights import flatten
+from aquarl.model.gpt import GPT
+from aquarl.model.shape import Shape
 from aquarl.observe.metrics import JsonlSink, Sinks, read_metrics
-from aquarl.records import Metrics, Sampling, Weights
+from aquarl.records import Lease, Metrics, Sampling, Weights
 from tests.conftest import assert_same, eventually, rows, run_rl, weights
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -287,6 +295,73 @@ def test_a_group_of_learners_of_before_is_not_heard(after_sft: Path, tiny: str) 
         its_other_rank.join()
         its_other_rank.publish(nothing)
         assert new.status()["weights_version"] == 2
+
+
+@pytest.mark.slow
+def test_a_stream_of_which_a_task_fails_dies_and_another_begins(
+    after_sft: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nobody would look after leases that take too long, say, and nothing would tell."""
+    failed = after_sft / "failed"
+
+    class Failing(StreamActor):
+        async def _watch_the_clock(self) -> None:
+            if failed.exists():
+                return await super()._watch_the_clock()
+            failed.touch()
+            raise RuntimeError("the clock stands still")
+
+    monkeypatch.setattr(stream_actor, "StreamActor", Failing)
+    config = load_config(tiny, [f"run.dir={after_sft}"])
+    fingerprint = Tokenizer.load(f"{after_sft}/tokenizer").fingerprint
+    shape = finished_policy(str(after_sft), "sft", fingerprint).shape
+    with hired_stream(config, wanted=True) as actor:
+        with suppress(RayActorError):  # it may be gone before it has answered
+            ray.get(actor.begin.remote(shape), timeout=60)
+
+        def step() -> Any:
+            with suppress(RayActorError):
+                return ray.get(actor.status.remote(), timeout=60)["step"]
+            return "gone"
+
+        eventually(failed.exists)
+        eventually(lambda: step() is None)
+        RayStream(config, actor).begin(shape)
+        assert step() == 0
+
+
+def test_an_answer_to_a_question_of_before_is_not_taken_for_newer_weights(tiny: str) -> None:
+    """A learner that goes back makes the same versions again: those of before are others."""
+    model = GPT(Shape(vocab=300, layers=1, width=16, heads=1, kv_heads=1, context=64))
+    of_before, of_now = (3, 30), (2, 20)
+
+    class Stream:
+        async def newer(self, have: tuple[int, int]) -> Offer:
+            if have == of_before:
+                return Offer(weights=ray.put(flatten(model, 4)), identity=(4, 40))
+            await asyncio.Event().wait()
+            raise AssertionError("nobody sets it")
+
+    stream = ray.remote(num_cpus=0)(Stream).remote()
+    sampler = TorchSampler(model, 0)
+    config = load_config(tiny, ["rl.max_staleness=2", "rl.inflight_updates=true"])
+    words = Tokenizer.train(["no word"], vocab_size=265)
+    worker = RolloutWorker("rollout-0", config, words, lambda: sampler, stream)
+    lease = Lease(0, 2, (), (), Sampling(1), 2)
+
+    worker._have = of_before
+    worker._let_weights_change(lease)
+    newer = eventually(sampler.newer_weights)
+    assert (newer.version, worker._have) == (4, (4, 40))
+
+    worker._have = of_before
+    worker._let_weights_change(lease)
+    ray.wait([worker._asked[1]], timeout=60)  # answered, and not looked at
+    worker._have = of_now  # as the next lease said
+    worker._let_weights_change(lease)
+    assert sampler.newer_weights() is None and worker._have == of_now
+    assert worker._asked[0] == of_now
+    ray.kill(stream)
 
 
 @pytest.mark.slow

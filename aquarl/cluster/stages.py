@@ -73,7 +73,8 @@ class Post:
 
     @cached_property
     def deadline(self) -> Deadline:
-        """Of a step. Renewed by what shows that the learner gets on."""
+        """Of a step, and of what is read before the first. Renewed by what shows that the learner
+        gets on."""
         return Deadline(self.config.cluster.step_timeout_s)
 
     def begin(self, stage: str, step: int) -> None:
@@ -103,14 +104,17 @@ def learner_stages(post: Post, stages: tuple[str, ...], since: float) -> None:
     Args:
         since: Unix seconds at which the first of them began.
     """
+    post.deadline.renew()
     tokenizer = post.member.each(lambda: Tokenizer.load(tokenizer_folder(post.config)))
     for stage, following in zip(stages, (*stages[1:], ""), strict=True):
+        post.deadline.renew()
         if not post.member.each(partial(stands, post.config, stage)):
             if stage == "rl":
                 _rl_stage(post, tokenizer, since)
             else:
                 _supervised_stage(post, stage, tokenizer, since, then_rl=following == "rl")
         since = post.member.each(partial(finished_at, post.config.run.dir, stage)) or since
+    post.deadline.lift()
 
 
 def _supervised_stage(
@@ -121,7 +125,10 @@ def _supervised_stage(
     if then_rl and member.rank == 0:
         post.stream.begin.remote(model.shape)  # the rollout workers start while this stage trains
     if stage == "base":
-        member.once_a_machine(lambda: base.encode_corpus(config, tokenizer, token_folder(config)))
+        with post.deadline.lifted():  # it takes as long as there is text
+            member.once_a_machine(
+                lambda: base.encode_corpus(config, tokenizer, token_folder(config))
+            )
     train, validation, refused = member.each(lambda: _rows(config, stage, tokenizer))
     trainer = SupervisedTrainer(
         model,
