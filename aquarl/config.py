@@ -253,14 +253,14 @@ class RLConfig(OptimConfig):
     save_every: PositiveInt = 25
     transcripts_per_step: NonNegativeInt = 2
     wait_timeout_s: Seconds = 300.0
-    """How long the learner waits for groups before it gives up with a reason."""
+    """How long the learner waits with no group coming in before it gives up with a reason."""
     lease_timeout_s: Seconds = 120.0
     """Who has not finished a lease by then is replaced, and the lease issued again. Shorter than
     `wait_timeout_s`, so that a worker that hangs does not end the run."""
     worker_restarts: NonNegativeInt = 20
-    """Replacements of dead rollout workers, with no group finished between them, before the run
-    ends with an error. Several that one lease kills count once, those that raise an error one by
-    one."""
+    """Rollout workers hired in place of others that may die, too, with no group finished between
+    them, before the run ends with an error. Several that one lease kills count once, those that
+    raise an error one by one, hired in place of others or not."""
     lease_deaths: PositiveInt = 3
     """Workers that may die over one lease before it is set aside: reported, and not trained."""
 

@@ -123,12 +123,13 @@ class PlayedStream(StreamActor):
         hired = ray.remote(num_cpus=0, max_concurrency=1000)(Player)
         self._players = [hired.remote(me, lease_s, seed) for seed in range(PLAYERS)]
 
-    def _hire(self) -> None:
+    def _hire(self) -> str:
         name = f"rollout-{self._hired}"
         worker = _Played(self._players[self._hired % PLAYERS], name)
         self._hired += 1
         self._workers[name] = worker
         self._spawn(self._consume(name, worker))
+        return name
 
     async def _accept(self, groups: Sequence[RolloutGroup]) -> None:
         self.submit_ms.append(1000 * (time.time() - groups[0].sample_s))

@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psutil import Process
+
 from aquarl.cluster import rollout_pool, stream_actor
 from aquarl.cluster.rollout_pool import RolloutWorker
 from aquarl.cluster.stream_actor import StreamActor
@@ -107,6 +109,22 @@ class MortalWorker(RolloutWorker):
             is_training = len(groups[0].advantages) > 1
             if is_training and groups[0].weights_version >= FROM_STEP:  # they are on their way
                 die_once(self._run_dir, "submit")
+
+
+class MortalArrival:
+    """A learner's work of which a learner dies while it unpacks it; else it does nothing."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        vars(self).update(state)
+        if Process().cmdline()[0].startswith("ray::RayTrainWorker"):  # the controller has it too
+            for point in armed(self.run_dir)[:1]:
+                die_once(self.run_dir, point)
+
+    def __call__(self, config: Config, member: Member) -> None:
+        Path(self.run_dir, "arrived").touch()
 
 
 def employ_evaluation_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,10 +174,10 @@ def test_a_run_without_checkpoints_says_which_stage_to_run(tmp_path: Path) -> No
 
 def test_checkpoints_come_oldest_first_and_nothing_else_counts(tmp_path: Path) -> None:
     stage = tmp_path / "checkpoints" / "sft"
-    for name in ("step_1000000", "step_000200", "step_000030.writing", "notes", "step_000100"):
+    for name in ("step_1000000", "step_999975", "step_000030.writing", "notes", "step_000100"):
         (stage / name).mkdir(parents=True)
     found = [Path(folder).name for folder in checkpoints(str(stage))]
-    assert found == ["step_000100", "step_000200", "step_1000000"]
+    assert found == ["step_000100", "step_999975", "step_1000000"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_a_pool_that_no_cluster_can_start_is_given_up_with_a_reason(
         "rl.lease_timeout_s=0.5",
     )
     said = refused("rl", "--config", tiny, f"run.dir={unfinished}", *settings)
-    assert "No rollout worker has started in 1 s" in said and "64 CPUs" in said
+    assert "No rollout worker has come up in 1 s" in said and "64 CPUs" in said
     (left,) = (unfinished / "stacks").iterdir()
     assert str(left) in said
     assert "in _until" in left.read_text() and '"wanted": 1' in left.read_text()

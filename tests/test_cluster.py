@@ -10,6 +10,9 @@ import json
 import os
 import shutil
 import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from ray.train.torch import TorchConfig
 from ray.util.state import list_actors
 
 from aquarl.cli import main
-from aquarl.cluster import stream_actor
+from aquarl.cluster import learner_group, rollout_pool, stages, stream_actor
 from aquarl.cluster.errors import plain_errors
 from aquarl.cluster.launch import hired_stream, run_stages
 from aquarl.cluster.learner_group import Member, run_group
@@ -49,8 +52,13 @@ from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT
 from aquarl.model.shape import Shape
 from aquarl.observe.metrics import JsonlSink, Sinks, read_metrics
-from aquarl.records import Lease, Metrics, Sampling, Weights
+from aquarl.records import Lease, Metrics, RolloutGroup, Sampling, Weights
+from aquarl.rl import pool_size
+from aquarl.rl.learner import Learner
+from aquarl.tasks.base import to_prompt
+from aquarl.tasks.catalog import load_problems
 from tests.conftest import assert_same, eventually, rows, run_rl, weights
+from tests.kill_points import MortalArrival, arm, armed
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -170,6 +178,52 @@ def test_a_pool_takes_what_it_gets_and_so_does_a_learner_group(
 
 
 @pytest.mark.slow
+def test_a_pool_grows_while_the_learner_waits_and_shrinks_while_it_does_not(
+    after_sft: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampling is slow up to a turn, and learning from there on."""
+    turn, pause_s = 8, 0.5
+
+    class SlowWorker(RolloutWorker):
+        def run(self) -> Iterator[list[RolloutGroup]]:
+            for groups in super().run():
+                time.sleep(pause_s if groups[0].step < turn else 0)
+                yield groups
+
+    class QuickToShrink(StreamActor):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            rollout_pool.RolloutWorker = SlowWorker  # type: ignore[misc]  # in its process alone
+            pool_size.STEPS_TO_FORGET = 0
+
+    class SlowLearner(Learner):
+        def weights(self) -> Weights:
+            time.sleep(pause_s if self.step > turn else 0)
+            return super().weights()
+
+    def slowed(config: Config, work: Callable[[Config, Member], None]) -> None:
+        def slow_work(config: Config, member: Member) -> None:
+            stages.Learner = SlowLearner  # type: ignore[misc]
+            work(config, member)
+
+        run_group(config, slow_work)
+
+    monkeypatch.setattr(stream_actor, "StreamActor", QuickToShrink)
+    monkeypatch.setattr(learner_group, "run_group", slowed)
+    pool = ("rl.rollout_workers={min = 1, max = 3}", "cluster.rollout_cpus=0.25")
+    plan = ("rl.max_staleness=1", "rl.steps=30", "rl.eval_every=100", "rl.save_every=100")
+    assert run_rl(tiny, after_sft, *pool, *plan) == 0
+    steps = [row for row in rows(after_sft / "metrics.jsonl") if "pool/wanted" in row]
+    wanted = [row["pool/wanted"] for row in steps]
+    assert wanted[0] == wanted[-1] == 1
+    assert max(wanted[: turn + 2]) > 1
+    trained = Counter(row["problem"] for row in rows(after_sft / "ledger.jsonl"))
+    assert len(trained) == 48 and set(trained.values()) == {5}, "five epochs of 48 problems"
+    counts = json.loads((after_sft / "results/rl.json").read_text())["stream"]
+    assert not {"workers_replaced", "reissued"} & counts.keys(), "who leaves finishes its lease"
+
+
+@pytest.mark.slow
 def test_a_run_of_one_learner_goes_on_with_two_as_it_would_have_with_one(
     finished_run: Path,
     tmp_path: Path,
@@ -272,6 +326,21 @@ def test_what_one_learner_alone_lacks_ends_them_all_at_once(tiny: str, tmp_path:
 
 
 @pytest.mark.slow
+def test_a_learner_that_dies_before_it_has_begun_is_started_again(
+    tiny: str, tmp_path: Path
+) -> None:
+    config = load_config(tiny, [f"run.dir={tmp_path}", "cluster.max_failures=1"])
+    arm(tmp_path, "arriving")
+    run_group(config, MortalArrival(str(tmp_path)))
+    assert (tmp_path / "arrived").exists() and not armed(tmp_path)
+    for time_ in ("first", "second"):
+        (tmp_path / "armed" / time_).touch()
+    with pytest.raises(ClusterError, match=r"could not start, tried 2 times: .*SIGKILL|died"):
+        run_group(config, MortalArrival(str(tmp_path)))
+    assert not armed(tmp_path)
+
+
+@pytest.mark.slow
 def test_a_group_of_learners_of_before_is_not_heard(after_sft: Path, tiny: str) -> None:
     """Its host was cut off and comes back, say: its steps would drop those of the new group."""
     config = load_config(tiny, [f"run.dir={after_sft}"])
@@ -295,6 +364,58 @@ def test_a_group_of_learners_of_before_is_not_heard(after_sft: Path, tiny: str) 
         its_other_rank.join()
         its_other_rank.publish(nothing)
         assert new.status()["weights_version"] == 2
+
+
+@pytest.mark.slow
+def test_many_workers_may_die_at_once_and_an_evaluation_take_its_time(
+    after_sft: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as a machine has, though none may be replaced in vain; and each lease of the
+    evaluation comes in time, though not all of them within `rl.wait_timeout_s`."""
+
+    class SlowWorker(RolloutWorker):
+        def run(self) -> Iterator[list[RolloutGroup]]:
+            for groups in super().run():
+                time.sleep(2)
+                yield groups
+
+    class SlowStream(StreamActor):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            rollout_pool.RolloutWorker = SlowWorker  # type: ignore[misc]  # in its process alone
+
+    monkeypatch.setattr(stream_actor, "StreamActor", SlowStream)
+    budget = ("rl.worker_restarts=0", "rl.wait_timeout_s=9", "rl.lease_timeout_s=8")
+    config = load_config(tiny, [f"run.dir={after_sft}", *budget, "cluster.rollout_cpus=0.25"])
+    words = Tokenizer.load(f"{after_sft}/tokenizer")
+    policy = finished_policy(str(after_sft), "sft", words.fingerprint)
+    problems = load_problems(config.data, config.run.seed).train[:32]
+
+    def workers() -> set[int]:
+        return {
+            actor.pid
+            for actor in list_actors(filters=[("class_name", "=", "SlowWorker")])
+            if actor.state == "ALIVE" and actor.pid
+        }
+
+    with hired_stream(config, wanted=True) as actor:
+        stream = RayStream(config, actor)
+        stream.begin(policy.shape)
+        ray.get(actor.scale.remote(4), timeout=60)
+        eventually(lambda: len(stream.status()["workers"]) == 4, every=0.5)
+        first = workers()
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: len(workers() - first) == 4, every=0.5)
+        ray.get(actor.scale.remote(1), timeout=60)
+        stream.rewind(0, 0)
+        stream.publish(flatten(policy, 0))
+        prompts = [to_prompt(problem, words) for problem in problems]
+        began = time.monotonic()
+        groups = stream.evaluate("all", prompts, Sampling(4, temperature=0.0))
+        assert time.monotonic() - began > config.rl.wait_timeout_s
+        assert [group.prompt for group in groups] == prompts
+        assert stream.status()["counts"]["workers_replaced"] == 4
 
 
 @pytest.mark.slow

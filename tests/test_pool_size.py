@@ -122,5 +122,19 @@ def test_a_pool_settles_where_the_learner_is_just_fed() -> None:
     assert changes(sizes) <= 6
 
 
+@pytest.mark.parametrize("start_steps", [0, 60, 300])
+def test_a_pool_settles_where_workers_take_long_to_start(start_steps: int) -> None:
+    """Two are enough and one is not; a machine for the second comes after so many steps."""
+    size, sizes, up, asked_at = pool(1, 4), [], 1, 0
+    for step in range(6_000):
+        sizes.append(size.observe(**(STARVED if up < 2 else FLOODED), workers=up))
+        if size.wanted <= up:
+            up, asked_at = size.wanted, step
+        elif step - asked_at >= start_steps:
+            up += 1
+    assert changes(sizes) <= 14, "one worker is tried again after 100, 200, 400, ... 1,600 steps"
+    assert sizes[-STEPS_TO_FORGET:] == [2] * STEPS_TO_FORGET
+
+
 def changes(sizes: list[int]) -> int:
     return sum(a != b for a, b in pairwise(sizes))

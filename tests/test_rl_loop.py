@@ -93,11 +93,19 @@ def test_what_fails_on_one_rank_is_heard_by_all(
 
 
 def test_waiting_learning_and_publishing_make_up_a_step() -> None:
-    share = StepShare((), 0, 0, {"time/sample_per_worker_s": 3.0})
+    share = StepShare((), 0, 0, {"time/sample_s": 3.0, "time/sample_per_worker_s": 3.0})
     times = step_times(share, began=10.0, waited=12.0, learned=15.0, published=16.0)
     assert (times["time/wait_s"], times["time/publish_s"], times["time/step_s"]) == (2, 1, 6)
     assert times["time/learner_idle_fraction"] == 2 / 6
     assert times["time/rollout_idle_fraction"] == 3 / 6
+
+
+@pytest.mark.parametrize(("up", "idle"), [(1, 0.5), (2, 0.5), (8, 1 - 6 / 8 / 6)])
+def test_workers_for_which_a_step_has_no_lease_are_idle(up: int, idle: float) -> None:
+    """Two of them sampled for three seconds each, in a step of six."""
+    seen = {"time/sample_s": 6.0, "time/sample_per_worker_s": 3.0, "pool/workers": up}
+    times = step_times(StepShare((), 0, 0, seen), 0.0, 0.0, 6.0, 6.0)
+    assert times["time/rollout_idle_fraction"] == pytest.approx(idle)
 
 
 class Run:

@@ -14,7 +14,7 @@ import pytest
 from aquarl.config import RLConfig
 from aquarl.records import Lease, Problem, RolloutGroup, Sampling
 from aquarl.rl.prompts import PromptSource
-from aquarl.rl.stream import RolloutStream, describe
+from aquarl.rl.stream import RolloutStream, describe, what_is_set_aside
 from tests.fakes import byte_tokenizer, make_group
 
 TOKENIZER = byte_tokenizer()
@@ -184,6 +184,18 @@ def test_who_takes_too_long_over_a_lease_is_named_and_its_time_begins_with_each(
     assert stream.overdue(181) == {"later"}
 
 
+def test_who_hangs_over_a_lease_is_named_after_a_rewind_too() -> None:
+    stream = stream_of(lease_timeout_s=60)
+    stream.publish(0)
+    leased(stream, "hangs", now_s=100)
+    leased(stream, "goes on", now_s=100)
+    stream.rewind(0, 0)
+    assert stream.lease("goes on", 110) is None
+    assert stream.overdue(161) == {"hangs"}
+    stream.lost("hangs")
+    assert stream.overdue(1000) == set()
+
+
 def test_what_lies_ready_for_a_step_is_a_share_of_what_may() -> None:
     """Two steps may be sampled ahead; those of the step just trained are not among them."""
     stream = stream_of(max_staleness=2)
@@ -262,6 +274,9 @@ def test_a_step_with_too_few_groups_for_its_ranks_passes_for_all_of_them() -> No
     assert [share and share.groups for share in shares] == [(), (), ()]
     assert {share.rollouts_in_step for share in shares if share} == {0}
     assert stream.step_groups(0) == [] and len(stream.set_aside(0)) == 2
+    said = [what_is_set_aside(lease, deaths_allowed=1) for lease in stream.set_aside(0)]
+    assert "1 rollout workers died over lease 0" in said[0]
+    assert "with its whole step" in said[1] and "died" not in said[1]
     stream.publish(1)
     assert len(work_off(stream)) == 2
 
@@ -478,7 +493,7 @@ def test_refilling_samples_further_problems_in_place_of_uniform_groups() -> None
     submit_all(stream, leased(stream), rewards=(1, 1))
     submit_all(stream, leased(stream), rewards=(0, 0))
     submit_all(stream, leased(stream))
-    assert stream.step_share(0, 0, 1) is None, "four useful ones are still missing"
+    assert stream.step_share(0, 0, 1) is None and stream.has_work, "four useful ones are missing"
     refills = work_off(stream)
     assert [lease.step for lease in refills] == [0, 0]
     share = stream.step_share(0, 0, 1)

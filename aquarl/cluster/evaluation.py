@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError
 
-from aquarl.cluster.errors import last_line
+from aquarl.cluster.errors import GONE, last_line
 from aquarl.cluster.results import (
     finished_at,
     finished_checkpoint,
@@ -117,7 +117,7 @@ class PooledSampler:
             place = next(iter(asked))
             try:
                 answers[place] = self._wait_for(asked[place], is_start=method == "load_weights")
-            except RayActorError as error:
+            except GONE as error:  # an answer may be lost with its machine, too
                 self._replace(place, error)
                 asked[place] = self._ask(place, method, *arguments[place])
             else:
@@ -128,15 +128,19 @@ class PooledSampler:
     def _ask(self, place: int, method: str, *arguments: Any) -> Any:
         return getattr(self._workers[place], method).remote(*arguments)
 
-    def _replace(self, place: int, error: RayActorError) -> None:
+    def _replace(self, place: int, error: Exception) -> None:
         """Hire who follows a dead worker. Raises: `error`, if that would not help."""
         self._deaths_in_a_row += 1
         has_started = not (isinstance(error, ActorDiedError) and error.actor_init_failed)
         if not has_started or self._deaths_in_a_row > self._config.rl.worker_restarts:
             raise error
         logger.warning("evaluate-%d died and is replaced: %s", place, last_line(error))
+        ray.kill(self._workers[place])  # where it is its answer that is lost
         self._workers[place] = self._hire(place)
-        self._ask(place, "load_weights", self._weights)
+        try:
+            self._wait_for(self._ask(place, "load_weights", self._weights), is_start=True)
+        except GONE as again:
+            self._replace(place, again)
 
     def _wait_for(self, ref: Any, *, is_start: bool) -> Any:
         """Return an answer. Any may have to wait for a successor to start."""

@@ -34,6 +34,10 @@ from ray.train import (
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import (
+    InsufficientClusterResourcesError,
+    WorkerGroupStartupTimeoutError,
+)
 from torch import nn
 
 from aquarl.cluster.connection import cluster_address
@@ -144,6 +148,7 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     meeting = tempfile.mkdtemp(prefix="aquarl_learners_") if is_here else None
     storage = f"{config.run.dir}/ray_train"  # Train's own notes, which nobody reads afterwards
+    starts = 1
     try:
         while True:
             before, trainer = saved(config), _trainer(config, work, meeting, storage)
@@ -156,8 +161,12 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
             except Exception as error:
                 # Train gives back what its group held, unless its own controller died.
                 is_orderly = isinstance(error, TrainingFailedError) and cluster.max_failures > 0
-                if not (is_orderly and has_saved_since(config, before)):
-                    raise _given_up(config, error) from error
+                if is_orderly and has_saved_since(config, before):
+                    starts = 1
+                elif _failed_to_start(error) and starts <= cluster.max_failures:
+                    starts += 1
+                else:
+                    raise _given_up(config, error, starts) from error
     finally:
         remove(storage)
         if meeting:
@@ -197,9 +206,23 @@ def _trainer(
     )
 
 
-def _given_up(config: Config, error: Exception) -> ClusterError:
+def _failed_to_start(error: Exception) -> bool:
+    """Return whether a learner had its place and died, or met no other, before it began. Train
+    gives that up at once; of a place that is not found it is Train that tries again."""
+    no_place = (WorkerGroupStartupTimeoutError, InsufficientClusterResourcesError)
+    return isinstance(error, ControllerError) and not isinstance(error.controller_failure, no_place)
+
+
+def _given_up(config: Config, error: Exception, starts: int) -> ClusterError:
     """Return what is said of a group that failed for good."""
     cluster = config.cluster
+    if isinstance(error, ControllerError) and _failed_to_start(error):
+        return ClusterError(
+            f"The learner group could not start, tried {starts} times: "
+            f"{_root(error.controller_failure)} What was saved is whole; start the same command "
+            "again to resume. If learners do not find one another, their machines must reach each "
+            "other on all ports."
+        )
     if isinstance(error, ControllerError):
         return ClusterError(
             f"The learner group could not start: {cluster.learners.min} workers, each with "

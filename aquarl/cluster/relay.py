@@ -27,7 +27,11 @@ from aquarl.records import Metrics
 POLL_S = 0.25
 
 Said = tuple[str, int, Metrics | str | None]
-"""Stage, step, and its numbers; None where the stage begins, the line to show where it ends."""
+"""Stage, step, and its numbers, or None where the stage begins, or a line to show."""
+
+
+class Finished(str):
+    """The line to show where a stage ends."""
 
 
 class MetricsRelay:
@@ -50,7 +54,7 @@ class MetricsRelay:
 def say_finished(relay: ActorHandle, stage: str, step: int, line: str) -> None:
     """Let the driver show that a stage is finished, surely before this process may end."""
     try:
-        ray.get(relay.put.remote(stage, step, line), timeout=30)
+        ray.get(relay.put.remote(stage, step, Finished(line)), timeout=30)
     except RayError:
         return
 
@@ -86,7 +90,8 @@ def relay_to(sinks: Sinks) -> Iterator[ActorHandle]:
             for stage, step, said in taken:
                 starting.stop()
                 if isinstance(said, str):
-                    sinks.close()  # each opens again for the next stage
+                    if isinstance(said, Finished):
+                        sinks.close()  # each opens again for the next stage
                     print(said, file=sys.stderr, flush=True)
                 elif said is None:
                     sinks.begin(stage, step)

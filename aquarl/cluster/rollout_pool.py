@@ -55,20 +55,20 @@ class RolloutWorker:
             offer = self._wait_for(self._stream.lease.remote(self._name, self._have), "a lease")
             if offer.is_over:
                 return
-            fetch_s = 0.0
-            if offer.weights is not None:
-                fetched_from = time.perf_counter()
-                # From shared memory, without a copy; checks the sum, then flips.
-                self._sampler.load_weights(self._wait_for(offer.weights, "new weights"))
-                self._have = offer.identity
-                fetch_s = time.perf_counter() - fetched_from
             if (lease := offer.lease) is None:
                 continue
-            if self._config.rl.inflight_updates:
-                self._let_weights_change(lease)
-            sampled_from, started = time.time(), time.perf_counter()
-            version = self._sampler.version
+            fetch_s = 0.0
             with stacks_after(self._config.rl.lease_timeout_s):
+                if offer.weights is not None:
+                    fetched_from = time.perf_counter()
+                    # From shared memory, without a copy; checks the sum, then flips.
+                    self._sampler.load_weights(self._wait_for(offer.weights, "new weights"))
+                    self._have = offer.identity
+                    fetch_s = time.perf_counter() - fetched_from
+                if self._config.rl.inflight_updates:
+                    self._let_weights_change(lease)
+                sampled_from, started = time.time(), time.perf_counter()
+                version = self._sampler.version
                 rollouts = self._sampler.sample(lease.prompts, lease.seeds, lease.sampling)
             yield scored_groups(
                 lease,

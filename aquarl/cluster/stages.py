@@ -291,7 +291,8 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         if member.rank == 0 and "tokens/trained" in metrics:
             ledger.add(step, stream.groups_of_step, stream.set_aside_of_step)
             for lease in stream.set_aside_of_step:
-                post.relay.put.remote("rl", step, what_is_set_aside(lease))
+                said = what_is_set_aside(lease, config.rl.lease_deaths)
+                post.relay.put.remote("rl", step, said)
             write_transcripts(
                 config.run.dir,
                 step,
@@ -357,7 +358,7 @@ class RayStream:
     def __init__(self, config: Config, actor: Any, deadline: Deadline | None = None) -> None:
         self._actor, self._run_dir = actor, config.run.dir
         self._waiting = deadline.lifted if deadline else nullcontext
-        self._timeout_s = config.rl.wait_timeout_s + 60  # the stream itself gives up earlier
+        self._timeout_s = config.rl.wait_timeout_s + 60
         self._learner = ""
         """What this rank's group is to the stream, once it is of one."""
         self.groups_of_step: list[RolloutGroup] = []
@@ -365,9 +366,14 @@ class RayStream:
         self.set_aside_of_step: list[Lease] = []
 
     def _call(self, method: Callable[..., Any], *args: Any) -> Any:
+        """Return the stream's answer, for as long as it says that it is there: it gives up by
+        itself when nothing comes any more."""
         try:
             with self._waiting(), plain_errors(dead_is_a_mistake=False):
-                return ray.get(method.remote(*args), timeout=self._timeout_s)  # type: ignore[attr-defined]
+                asked = method.remote(*args)  # type: ignore[attr-defined]
+                while not ray.wait([asked], timeout=self._timeout_s)[0]:
+                    ray.get(self._actor.learner.remote(), timeout=self._timeout_s)
+                return ray.get(asked)
         except GetTimeoutError:  # Ray Train starts the group again, and gives up in the end
             leave_stacks(self._run_dir, f"The stream did not answer in {self._timeout_s:.0f} s.")
             raise

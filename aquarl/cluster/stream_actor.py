@@ -95,10 +95,15 @@ class StreamActor:
         """When the learner got its last step."""
         self._wait_share = 0.0
         self._deaths_in_a_row = 0
-        """Of workers, since a group came in. Several that one lease kills count once, those that
-        raise an error one by one."""
+        """Of workers, since a group came in. Of those that die without raising an error only the
+        ones hired in place of another count, and several that one lease kills once: a machine that
+        goes takes many at a time."""
+        self._successors: set[str] = set()
+        """Who was hired in place of another since a group came in."""
         self._failed_starts = 0
         """Of workers, since a group came in: an error was raised before they asked for work."""
+        self._booked_at = 0.0
+        """When a group came in last."""
         self._fault: str | None = None
         self._is_over = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -164,7 +169,7 @@ class StreamActor:
             ray.kill(self._workers[name])
         await self._notify()
 
-    def _hire(self) -> None:
+    def _hire(self) -> str:
         name = f"rollout-{self._hired}"
         self._hired += 1
         kinds = kinds_of(self._config)
@@ -175,6 +180,7 @@ class StreamActor:
         worker = hire(name, config, self._tokenizer, make_sampler, me)
         self._workers[name], self._kinds[name] = worker, place
         self._spawn(self._consume(name, worker))
+        return name
 
     def _surplus(self) -> set[str]:
         """Return who is to leave: the newest, and first those that are not up."""
@@ -224,10 +230,14 @@ class StreamActor:
         accepted = [group for group in groups if self._stream.submit(group)]
         if accepted:
             self._deaths_in_a_row = self._failed_starts = 0
-            self._metrics.accepted(accepted, self._stream.version)
+            self._successors.clear()
+            self._booked_at = time.monotonic()
+            if self._stream.is_of_training(accepted[-1]):
+                self._metrics.accepted(accepted, self._stream.version)
         # Waking those who wait costs more than booking a lease, so it is done where it helps: the
-        # learner when all it waits for is in, workers where refilling makes work for them.
-        if accepted and self._stream.is_complete_with(accepted[-1]):
+        # learner when all it waits for is in, workers where refilling has made work for them.
+        is_refilled = self._config.rl.refill_uniform_groups and self._stream.has_work
+        if accepted and (is_refilled or self._stream.is_complete_with(accepted[-1])):
             await self._notify(workers=self._config.rl.refill_uniform_groups)
 
     async def _bury(self, name: str, error: Exception) -> None:
@@ -249,11 +259,14 @@ class StreamActor:
         set_aside = [x for x in leases if x.deaths >= self._config.rl.lease_deaths]
         self._metrics.lost(set_aside)
         for lease in set_aside:
-            logger.error("%s The last one: %s", what_is_set_aside(lease), why)
-        # An error is as likely to be the engine's as the lease's, so each counts.
-        if isinstance(error, RayTaskError) or not any(lease.deaths > 1 for lease in leases):
-            self._deaths_in_a_row += 1
+            said = what_is_set_aside(lease, self._config.rl.lease_deaths)
+            logger.error("%s The last one: %s", said, why)
         has_started = not (isinstance(error, ActorDiedError) and error.actor_init_failed)
+        # An error is as likely to be the engine's as the lease's, so each counts.
+        is_an_error = isinstance(error, RayTaskError) or not has_started
+        is_in_vain = name in self._successors and not any(lease.deaths > 1 for lease in leases)
+        if is_an_error or is_in_vain:
+            self._deaths_in_a_row += 1
         if not has_started:
             self._failed_starts += 1
             logger.warning("Rollout worker %s could not start: %s", name, why)
@@ -274,7 +287,7 @@ class StreamActor:
             self._stream.counts["workers_replaced"] += 1
             await asyncio.sleep(min(0.05 * 2**self._deaths_in_a_row, 5.0))
             if len(self._workers) < self._wanted and not self._is_over:
-                self._hire()
+                self._successors.add(self._hire())
         await self._notify()
 
     @property
@@ -410,9 +423,11 @@ class StreamActor:
     # Waiting.
 
     async def _until(self, ready: Any, what: str) -> Any:
-        deadline = time.monotonic() + self._config.rl.wait_timeout_s
-        learner = self._learner
+        """Return what is ready in the end. Raises: ClusterError, when no group has come for long,
+        saying why."""
+        began, learner = time.monotonic(), self._learner
         while (result := ready()) is None:
+            deadline = max(began, self._booked_at) + self._config.rl.wait_timeout_s
             await self._wait(deadline)
             self._require(learner)
             if self._fault:
@@ -425,10 +440,10 @@ class StreamActor:
 
     def _why_late(self, what: str) -> str:
         seconds = self._config.rl.wait_timeout_s
-        if not self._up:
+        if not self._workers_up():
             kind = kinds_of(self._config)[0]
             return (
-                f"No rollout worker has started in {seconds:.0f} s. Each asks Ray for "
+                f"No rollout worker has come up in {seconds:.0f} s. Each asks Ray for "
                 f"{kind.cpus:g} CPUs and {kind.gpus:g} GPUs, of which "
                 f"{ray.available_resources().get('CPU', 0):g} and "
                 f"{ray.available_resources().get('GPU', 0):g} are free. Lower rl.rollout_workers, "
@@ -437,7 +452,7 @@ class StreamActor:
             )
         replaced = f", {len(self._overdue)} were replaced for their slowness" * bool(self._overdue)
         return (
-            f"Waited {seconds:.0f} s for {what}, and they did not come: {len(self._workers)} "
+            f"Waited for {what}, and for {seconds:.0f} s nothing came: {len(self._workers)} "
             f"workers hold {self._stream.holders()}{replaced}. If a lease really takes so long, "
             "lower rl.prompts_per_lease, or raise rl.lease_timeout_s and, beyond it, "
             "rl.wait_timeout_s."

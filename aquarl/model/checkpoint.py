@@ -190,7 +190,8 @@ def checkpoints(stage_dir: str) -> list[str]:
         return []
     fs.invalidate_cache(path)
     names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
-    return [f"{stage_dir}/{name}" for name in sorted(names) if re.fullmatch(r"step_\d{6,}", name)]
+    steps = sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d{6,}", name))
+    return [f"{stage_dir}/step_{step:06d}" for step in steps]
 
 
 def latest_checkpoint(stage_dir: str) -> str | None:

@@ -59,7 +59,7 @@ def forget_transcripts(run_dir: str, step: int) -> None:
     try:
         fs.invalidate_cache()
         for path in fs.glob(f"{folder}/step_*.jsonl"):
-            if path.rsplit("/", 1)[-1] >= f"step_{step:06d}.jsonl":
+            if int(path.rsplit("/step_", 1)[-1].removesuffix(".jsonl")) >= step:
                 fs.rm_file(path)
     except Exception as error:  # a bucket can fail in as many ways as there are clients
         warnings.warn(f"Old transcripts are left in {folder}: {what(error)}", stacklevel=2)

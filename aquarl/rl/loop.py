@@ -123,7 +123,12 @@ def step_times(
         the workers' share is right on average over steps, and a single one may be below 0.
     """
     step_s = published - began
-    sampled_s = share.metrics.get("time/sample_per_worker_s", 0.0)  # if all was set aside, none
+    # Over all workers that are up: a step may have fewer leases than there are. In one process,
+    # and where all was set aside, there are none.
+    total_s, sampled_s = (
+        share.metrics.get(f"time/sample_{of}s", 0.0) for of in ("", "per_worker_")
+    )
+    sampled_s = min(sampled_s, total_s / max(1.0, share.metrics.get("pool/workers", 1.0)))
     return {
         "time/wait_s": waited - began,
         "time/publish_s": published - learned,

@@ -5,10 +5,13 @@ what it says. Ray's autoscaler learns of it by the actors that wait for a place:
 no further one is wanted, so a cluster that cannot grow is asked for one worker more, not for many.
 
 Hysteresis, so that a pool settles: between the two thresholds nothing happens; a verdict counts
-when it was the same several steps in a row; and a size that was too small is not tried again soon.
+when it was the same several steps in a row; and a size that was too small is not tried again soon,
+later each time that it proves too small again.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 from aquarl.config import RLConfig
 
@@ -21,7 +24,9 @@ STEPS_TO_GROW = 3
 STEPS_TO_SHRINK = 6
 """More: a worker that is missed later takes its time to start."""
 STEPS_TO_FORGET = 100
-"""For so long a size that was too small is not gone back to."""
+"""For so long a size that was too small is not gone back to: counted from when the worker that was
+missed is up, and twice as long each time, up to `PATIENCE` times."""
+PATIENCE = 16
 
 
 class PoolSize:
@@ -35,7 +40,9 @@ class PoolSize:
         self._streak = 0
         """Steps in a row that said grow (positive) or shrink (negative)."""
         self._steps = 0
-        self._too_small_at: dict[int, int] = {}
+        self._closed_until: dict[int, int] = {}
+        """For sizes that were too small: the step from which on they may be tried again."""
+        self._times_too_small: Counter[int] = Counter()
 
     def observe(self, wait_share: float, fullness: float, workers: int) -> int:
         """Take what one step showed, and return how many workers are wanted from now on.
@@ -48,6 +55,8 @@ class PoolSize:
             workers: That are up. Fewer than wanted: the rest has found no place yet.
         """
         self._steps += 1
+        if workers < self.wanted and self.wanted - 1 in self._closed_until:
+            self._closed_until[self.wanted - 1] += 1
         if wait_share > GROW_ABOVE and workers >= self.wanted:
             self._streak = max(self._streak, 0) + 1
         elif wait_share < SHRINK_BELOW and fullness >= FULL:
@@ -55,15 +64,17 @@ class PoolSize:
         else:
             self._streak = 0
         if self._streak >= STEPS_TO_GROW and self.wanted < self._most:
-            self._too_small_at[self.wanted] = self._steps
+            times = min(PATIENCE, 2 ** self._times_too_small[self.wanted])
+            self._closed_until[self.wanted] = self._steps + STEPS_TO_FORGET * times
+            self._times_too_small[self.wanted] += 1
             self._want(self.wanted + 1)
         elif self._streak <= -STEPS_TO_SHRINK and self._may_shrink():
             self._want(self.wanted - 1)
         return self.wanted
 
     def _may_shrink(self) -> bool:
-        tried_at = self._too_small_at.get(self.wanted - 1, -STEPS_TO_FORGET)
-        return self.wanted > self._least and self._steps - tried_at >= STEPS_TO_FORGET
+        opens_at = self._closed_until.get(self.wanted - 1, 0)
+        return self.wanted > self._least and self._steps >= opens_at
 
     def _want(self, workers: int) -> None:
         self.wanted, self._streak = workers, 0

@@ -53,6 +53,9 @@ class RolloutStream:
         """"late", "reissued", "set_aside", "leases", "groups", "workers_replaced": over the life of
         the run, as far as its checkpoints tell."""
         self._ids = 0
+        self._busy: dict[str, float] = {}
+        """Since when each worker is over the lease it was given last, on whichever side of a
+        rewind: who hangs over one of before is no more use after it."""
         self._bad: dict[tuple[int, str, tuple[str, ...]], int] = {}
         """Leases to set aside, by step, purpose and problems, and the deaths over each."""
         self.rewind(step=0, position=0)
@@ -78,11 +81,13 @@ class RolloutStream:
 
     def lease(self, worker: str, now_s: float) -> Lease | None:
         """Return the next lease for this worker, or None if there is nothing to do now."""
+        self._busy.pop(worker, None)
         while (free := self._first_free()) is None and self._may_open_step():
             self._open_step()
         if free is None:
             return None
         free.worker, free.since_s = worker, now_s
+        self._busy[worker] = now_s
         free.lease = replace(free.lease, weights_version=self.version)
         self.counts["leases"] += 1
         return free.lease
@@ -98,10 +103,14 @@ class RolloutStream:
         self._when_finished(entry)
         return True
 
+    def is_of_training(self, group: RolloutGroup) -> bool:
+        """Return whether a group that was taken is to be trained: not of an evaluation."""
+        return self._open[group.lease_id].lease.purpose == "train"
+
     def is_complete_with(self, group: RolloutGroup) -> bool:
         """Return whether the step, or the evaluation, of a group has all its groups now."""
         lease = self._open[group.lease_id].lease
-        if lease.purpose == "train":
+        if self.is_of_training(group):
             leases = self._leases_of_step.get(lease.step, [])
         else:
             leases = self._evaluations.get(lease.purpose, [])
@@ -112,6 +121,7 @@ class RolloutStream:
 
         Those with `config.lease_deaths` deaths are the ones set aside.
         """
+        self._busy.pop(worker, None)
         freed = self._free(e for e in self._open.values() if e.worker == worker)
         for entry in freed:
             entry.lease = replace(entry.lease, deaths=entry.lease.deaths + 1)
@@ -122,8 +132,11 @@ class RolloutStream:
     def overdue(self, now_s: float) -> set[str]:
         """Return the workers that have had a lease for longer than `lease_timeout_s`."""
         oldest = now_s - self.config.lease_timeout_s
-        open_ = self._open.values()
-        return {e.worker for e in open_ if e.worker and not e.is_finished and e.since_s < oldest}
+        late = {worker for worker, since_s in self._busy.items() if since_s < oldest}
+        for entry in self._open.values():
+            if entry.worker and not entry.is_finished and entry.since_s < oldest:
+                late.add(entry.worker)
+        return late
 
     # Towards the learner.
 
@@ -216,6 +229,11 @@ class RolloutStream:
             for lease_id in self._evaluations.pop(name):
                 del self._open[lease_id]
         return groups
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a lease to give."""
+        return self._first_free() is not None
 
     @property
     def depth(self) -> int:
@@ -344,9 +362,15 @@ def _signature(lease: Lease) -> tuple[int, str, tuple[str, ...]]:
     return lease.step, lease.purpose, tuple(prompt.problem_id for prompt in lease.prompts)
 
 
-def what_is_set_aside(lease: Lease) -> str:
+def what_is_set_aside(lease: Lease, deaths_allowed: int) -> str:
     """Return the sentence for the person and the log."""
     problems = ", ".join(prompt.problem_id for prompt in lease.prompts)
+    if lease.deaths < deaths_allowed:
+        return (
+            f"Lease {lease.id} ({lease.purpose}, step {lease.step}) is set aside with its whole "
+            "step: what others of it were set aside for leaves fewer groups than there are "
+            f"learners. The run goes on without its problems: {problems}."
+        )
     return (
         f"{lease.deaths} rollout workers died over lease {lease.id} ({lease.purpose}, step "
         f"{lease.step}), so it is set aside and the run goes on without its problems: {problems}."
