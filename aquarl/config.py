@@ -100,7 +100,8 @@ class TokenizerConfig(Section):
 
 
 class ModelConfig(Section):
-    """One dial, `depth`, derives the rest: width 64 * depth, heads of at most 128, rates."""
+    """One dial, `depth`, derives the rest: width 64 * depth, the fewest heads of at most 128 (by
+    eights, which GPUs want), rates."""
 
     depth: PositiveInt = 2
     width: PositiveInt | None = None
@@ -116,7 +117,12 @@ class ModelConfig(Section):
 
     @property
     def resolved_heads(self) -> int:
-        return self.heads or max(1, (self.resolved_width + 127) // 128)
+        if self.heads:
+            return self.heads
+        width = self.resolved_width
+        least = max(1, -(-width // 128))
+        even = (n for n in range(least, width // 8 + 1) if width % (8 * n) == 0)
+        return next(even, least)
 
     @property
     def resolved_kv_heads(self) -> int:

@@ -25,5 +25,9 @@ class StorageError(AquarlError):
     """A place to write to is full, away or forbidden. What stood there before still stands."""
 
 
+class DivergedError(AquarlError):
+    """Training has left the numbers."""
+
+
 class ClusterError(AquarlError):
     """Ray, a worker, or the machine cannot do what was asked of it."""

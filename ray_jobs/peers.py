@@ -82,9 +82,11 @@ def rollouts(peer: Exported, threads: int) -> Callable[[], object]:
 
 def step(peer: Exported, threads: int) -> Callable[[], object]:
     work, rng = peer.work, random.Random(peer.work.seed)
+    together = min(work.micro_prompts, work.prompts)  # in one pass of the learner, as of aquarl's
     config = GRPOConfig(
         output_dir=str(peer.folder / "trl"), max_steps=10**6, seed=work.seed,
-        per_device_train_batch_size=work.prompts * work.samples, num_generations=work.samples,
+        per_device_train_batch_size=together * work.samples, num_generations=work.samples,
+        gradient_accumulation_steps=work.prompts // together,
         max_completion_length=work.max_new, generation_kwargs={"min_new_tokens": work.max_new},
         temperature=1.0, top_k=0, beta=0.0, use_cpu=True, bf16=False, gradient_checkpointing=False,
         save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,

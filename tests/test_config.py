@@ -301,3 +301,13 @@ def test_the_width_that_is_advised_can_stand(sizes: list[str]) -> None:
         load_config(None, sizes)
     advised = str(refused.value).rsplit("Try ", 1)[1].rstrip(".")
     load_config(None, [*sizes, advised])
+
+
+@pytest.mark.parametrize("depth", range(1, 41))
+def test_one_dial_gives_a_model_of_any_depth(depth: int) -> None:
+    model = ModelConfig(depth=depth)
+    width, heads = model.resolved_width, model.resolved_heads
+    assert width == 64 * depth and width % (8 * heads) == 0, "a share for each that GPUs want"
+    assert width // heads <= 128
+    if depth % 2 == 0:
+        assert width // heads == 128, "as in nanochat"

@@ -137,3 +137,4 @@ def test_parameters_and_flops_are_counted_as_by_hand() -> None:
     matrices = 2 * (4 * 128 * 128 + 8 * 128 * 128) + 512 * 128
     assert counts["parameters"] == matrices + 512 * 128
     assert counts["flops_per_token"] == 6 * matrices + 12 * 2 * 128 * 256
+    assert counts["head_flops_per_token"] == 6 * 512 * 128

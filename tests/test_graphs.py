@@ -65,6 +65,15 @@ def test_heads_of_any_even_width_and_shared_keys_are_the_same() -> None:
     assert_all_same(static.sample(asked, drawn, Sampling(NEW)), expected)
 
 
+def test_a_prompt_may_be_as_long_as_the_positions_go() -> None:
+    """Ten contexts of 16, which is no power of two; a shorter one beside it is not harmed."""
+    model = random_model(VOCAB, layers=1, width=16, heads=1, kv_heads=1, context=16)
+    static, usual = (TorchSampler(deepcopy(model), STOP, is_static=x) for x in (True, False))
+    asked, drawn = prompts((159, 3)), seeds(2, 1)
+    expected = usual.sample(asked, drawn, Sampling(1))
+    assert_all_same(static.sample(asked, drawn, Sampling(1)), expected)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_weights_may_change_inside_a_generation(temperature: float) -> None:
     found, newest = [], flatten(policy(seed=1, **FEW_HEADS), version=1)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from aquarl.config import OptimConfig
-from aquarl.model.optim import Muon, Optimizer, clip_gradients, lr_at, orthogonalise
+from aquarl.errors import DivergedError
+from aquarl.model.optim import Muon, Optimizer, clip_gradients, finite, lr_at, orthogonalise
 from tests.fakes import random_ids, random_model
 
 SHAPES = ((32, 32), (32, 32), (128, 32), (32, 128), (16, 32))
@@ -134,3 +135,10 @@ def test_clipping_scales_the_joint_norm_and_tells_what_it_was() -> None:
     torch.testing.assert_close(layer.weight.grad, torch.tensor([[0.6, 0.8]]))
     assert float(clip_gradients(layer, max_norm=10.0)) == pytest.approx(1.0)
     torch.testing.assert_close(layer.weight.grad, torch.tensor([[0.6, 0.8]]))
+
+
+def test_a_gradient_that_is_no_number_ends_training() -> None:
+    assert finite(torch.tensor(0.5), 3) == 0.5
+    for norm in (float("nan"), float("inf")):
+        with pytest.raises(DivergedError, match=r"step 3 is (nan|inf).*halve the stage's lr_scale"):
+            finite(torch.tensor(norm), 3)

@@ -166,8 +166,11 @@ def test_mfu_is_logged_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) 
     assert "throughput/mfu" not in ours.update(), "a CPU's is not"
     ours.peak_flops = 1e12
     metrics = ours.update()
-    flops = ours.model.count()["flops_per_token"] * metrics["throughput/tokens_per_s"]
-    assert metrics["throughput/mfu"] == pytest.approx(flops / 1e12)
+    counts, positions = ours.model.count(), ours.rows_in_step * CONTEXT
+    assert metrics["tokens/trained"] < positions, "the head is spared where nothing is trained"
+    untrained = positions - metrics["tokens/trained"]
+    flops = positions * counts["flops_per_token"] - untrained * counts["head_flops_per_token"]
+    assert metrics["throughput/mfu"] == pytest.approx(flops / metrics["time/step_s"] / 1e12)
     for name, peak in (
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),

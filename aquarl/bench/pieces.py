@@ -3,7 +3,7 @@
 rollouts   prompts to sampled tokens with their log-probabilities
 learner    sampled groups to one optimizer step
 step       both, with scoring and the weights handed over: one RL step
-sft        rows of text to one optimizer step
+sft        rows of text, each of one document, to one optimizer step
 """
 
 from __future__ import annotations

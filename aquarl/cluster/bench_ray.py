@@ -10,10 +10,12 @@ it in a Ray Train worker, which takes no part in a step. `bench/` measures what 
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -37,6 +39,7 @@ from aquarl.model.gpt import GPT
 from aquarl.model.modes import keep_memory
 from aquarl.model.products import use_threads
 from aquarl.model.shape import Shape
+from aquarl.records import RolloutGroup
 from aquarl.rl.learner import Learner
 from aquarl.rl.loop import InProcess, LearnerStream
 from aquarl.rl.prompts import PromptSource
@@ -182,8 +185,10 @@ def _ray_share(
                 # First of all: with new weights the worker samples at once, which belongs here.
                 stream.publish(learner.weights())
                 share = stream.next_step(learner.step, rank=0, world=1)
-                learner.update(share.groups, share.tokens_in_step, share.rollouts_in_step)
+                groups = _that_teach(share.groups, learner.step)
+                seen = learner.update(groups, share.tokens_in_step, share.rollouts_in_step)
                 spent = use.end()
+                assert seen["learner/grad_norm"] > 0, "as a step that teaches"
                 if repeat:
                     is_ray = name == "ray"
                     seconds[name].append(spent["ours" if is_ray else "here"])
@@ -203,6 +208,16 @@ def _ray_share(
         "cpu_s_of_other_ray_processes": spread(seconds["rest"]),
         "peak_memory_mb": use.peak_mb,
     }
+
+
+def _that_teach(groups: Sequence[RolloutGroup], seed: int) -> list[RolloutGroup]:
+    """Return the groups with advantages drawn for them: a random policy's answers are all wrong,
+    and a step of such would be half a step."""
+    rng = random.Random(seed)
+    return [
+        replace(group, advantages=tuple(rng.gauss(0, 1) for _ in group.rollouts))
+        for group in groups
+    ]
 
 
 def _two_workers(

@@ -63,7 +63,8 @@ class StaticBatch:
 
     def __init__(self, decoder: Decoder, form: Form, longest: int) -> None:
         self.decoder, self.form = decoder, form
-        self.length = max(SHORTEST, power_of_two(longest))
+        # At most as many as there are positions, which is no power of two.
+        self.length = min(max(SHORTEST, power_of_two(longest)), len(decoder.model.turns))
         """Room for each prompt."""
         shape, weight_VD = decoder.shape, decoder.embedding_VD
         P, G, T = form.prompts, form.answers, form.sampling.max_new_tokens

@@ -237,6 +237,7 @@ class GPT(nn.Module):
             attend: One of `attention.py`'s four, or `packed.Packed`.
             positions_BT: (B, T) int64 places in the sequence; 0..T-1 without it.
         """
+        assert positions_BT is not None or ids_BT.shape[1] <= len(self.turns), "too long a row"
         turns = self.turns[: ids_BT.shape[1]] if positions_BT is None else self.turns[positions_BT]
         turns = turns.unsqueeze(-3)  # the same for all heads
         x_BTD = _working(norm(self.transformer.wte(ids_BT)))
@@ -252,7 +253,8 @@ class GPT(nn.Module):
         return SOFT_CAP * torch.tanh(self.lm_head(hidden).float() / SOFT_CAP)
 
     def count(self) -> dict[str, int]:
-        """Return parameters in all and FLOPs per trained token (forward and backward).
+        """Return parameters in all and FLOPs per trained token (forward and backward), those of
+        the head also by themselves.
 
         6 FLOPs a matrix parameter, 12 * H * K * T a layer for attention over full rows
         (arXiv:2204.02311 appendix B); the embedding is a look-up and costs none.
@@ -260,7 +262,11 @@ class GPT(nn.Module):
         parameters = sum(p.numel() for p in self.parameters())
         matrices = parameters - self.transformer.wte.weight.numel()
         attention = 12 * self.shape.layers * self.shape.width * self.shape.context
-        return {"parameters": parameters, "flops_per_token": 6 * matrices + attention}
+        return {
+            "parameters": parameters,
+            "flops_per_token": 6 * matrices + attention,
+            "head_flops_per_token": 6 * self.lm_head.weight.numel(),
+        }
 
 
 def rotary_turns(length: int, head_width: int) -> Tensor:

@@ -8,6 +8,7 @@ Source: Muon, kellerjordan.github.io/posts/muon; nanochat/gpt.py `setup_optimize
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from inspect import unwrap
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from aquarl.config import OptimConfig
+from aquarl.errors import DivergedError
 from aquarl.model.gpt import GPT
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -159,3 +161,16 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their joint norm is at most `max_norm`. Returns it before, as a
     tensor: a GPU would have to be waited for."""
     return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+
+def finite(grad_norm: Tensor, step: int) -> float:
+    """Return the norm as a number, having waited for it. Raises: DivergedError, if it is none: the
+    weights are not numbers any more, and nothing saves them."""
+    if not math.isfinite(norm := float(grad_norm)):
+        raise DivergedError(
+            f"The gradient of step {step} is {norm}: training has diverged, and is ended before "
+            "such weights are saved. The last checkpoint is whole. Choose another run.dir, or "
+            "delete that stage's folder in checkpoints/, and start the same command with a lower "
+            "learning rate: halve the stage's lr_scale."
+        )
+    return norm

@@ -24,7 +24,7 @@ from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT
 from aquarl.model.head import token_logprobs
 from aquarl.model.modes import accumulating, autocast, sent
-from aquarl.model.optim import Optimizer, clip_gradients, lr_at
+from aquarl.model.optim import Optimizer, clip_gradients, finite, lr_at
 from aquarl.model.packed import Packed
 from aquarl.records import Metrics, RolloutGroup, TrainBatch, Weights
 from aquarl.rl.batch import microbatches
@@ -125,7 +125,7 @@ class Learner:
             metrics["policy/ratio_mean"], metrics.pop("policy/ratio_square")
         )
         return metrics | {
-            "learner/grad_norm": float(grad_norm),
+            "learner/grad_norm": finite(grad_norm, self.step),
             "learner/lr": lr,
             "time/learn_s": time.perf_counter() - started,
         }

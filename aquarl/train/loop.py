@@ -24,7 +24,7 @@ from aquarl.model.attention import WithinDocuments, causal
 from aquarl.model.gpt import GPT
 from aquarl.model.head import token_logprobs
 from aquarl.model.modes import accumulating, autocast
-from aquarl.model.optim import Optimizer, clip_gradients, lr_at
+from aquarl.model.optim import Optimizer, clip_gradients, finite, lr_at
 from aquarl.observe.machine import peak_flops
 from aquarl.records import Metrics
 
@@ -76,7 +76,11 @@ class SupervisedTrainer:
         self.shared_loss = self.parallel(self.loss)
         self.optimizer = Optimizer(self.model, self.config)
         self.bytes_V = torch.tensor(self.tokenizer.bytes_per_token, device=self.device)
-        self.flops_per_token = self.model.count()["flops_per_token"]
+        counts = self.model.count()
+        self.flops_per_token = counts["flops_per_token"]
+        """Of a position whose next token is trained."""
+        self.head_flops_per_token = counts["head_flops_per_token"]
+        """Of these, what others are spared."""
         self.peak_flops = peak_flops(self.device)
 
     @property
@@ -101,19 +105,22 @@ class SupervisedTrainer:
         lr = lr_at(self.step, self.config.steps, self.config)
         self.optimizer.step(lr, self.step)
         self.step += 1
-        seconds = time.perf_counter() - started
-        tokens_per_s = self.rows_in_step * self.train.context / seconds
         metrics = {
             "loss/train": self._sum_over_ranks(float(loss)),
-            "learner/grad_norm": float(grad_norm),
+            "learner/grad_norm": finite(grad_norm, self.step),
+        }
+        seconds = time.perf_counter() - started  # now that a GPU is done with all of it
+        positions = self.rows_in_step * self.train.context
+        metrics |= {
             "learner/lr": lr,
             "tokens/trained": tokens_in_step,
-            "throughput/tokens_per_s": tokens_per_s,
+            "throughput/tokens_per_s": positions / seconds,
             "time/step_s": seconds,
         }
         if self.peak_flops:  # model FLOPs utilisation, arXiv:2204.02311 appendix B
-            flops = self.flops_per_token * tokens_per_s
-            metrics["throughput/mfu"] = flops / (self.peak_flops * self.world)
+            spared = self.head_flops_per_token * (positions - tokens_in_step)
+            flops = self.flops_per_token * positions - spared
+            metrics["throughput/mfu"] = flops / (seconds * self.peak_flops * self.world)
         return metrics
 
     @torch.no_grad()
