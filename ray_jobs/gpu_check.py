@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from aquarl.bench import pieces
-from aquarl.bench.floor import measure_machine
 from aquarl.bench.lines import PIECES, as_text, bench
 from aquarl.bench.timing import hardware
 from aquarl.bench.work import NEVER, Work
@@ -158,7 +157,7 @@ CHECKS: dict[str, Check] = {
 
 def profiled(work: Work, device: str) -> list[dict[str, Any]]:
     """Return where one RL step's time goes: the ten heaviest operators."""
-    piece = pieces.step(work, measure_machine(torch.device(device)), device, "torch")
+    piece = pieces.step(work, device, "torch")
     piece.run()
     is_gpu = device == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_gpu

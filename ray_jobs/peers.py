@@ -279,13 +279,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             peer = Exported(work, Path(folder))
             for kind, (name, make) in PEERS.items():
-                ours = getattr(pieces, kind)(work, machine, "cpu", "torch")
+                ours = getattr(pieces, kind)(work, "cpu", "torch")
                 runs = {name: make(peer, threads)}
                 batches = (work.rows,) if kind == "sft" else (8, 16)
                 for batch in batches if code else ():
                     runs[f"nanochat, {batch}"] = getattr(Nanochat(work, code), kind)(batch)
                 peers = {who: Piece(run, ours.tokens, ours.floor_s) for who, run in runs.items()}
-                lines = measure({"aquarl": ours} | peers, repeats, "cpu")
+                lines = measure({"aquarl": ours} | peers, machine, repeats, "cpu")
                 cpu_s = {who: line["cpu_s"] for who, line in lines.items()}
                 median = {who: spread["median"] for who, spread in cpu_s.items()}
                 about = {

@@ -40,6 +40,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(flops=1e11, bytes=1e10)
     monkeypatch.setattr("aquarl.bench.lines.measure_machine", lambda device: machine)
     monkeypatch.setattr("aquarl.cluster.bench_ray.measure_machine", lambda device: machine)
+    monkeypatch.setattr("aquarl.bench.timing.measure_product", lambda device: machine.flops)
 
 
 @pytest.mark.parametrize("kind", PIECES)
@@ -63,12 +64,11 @@ def test_a_line_has_its_promised_keys_and_true_counts(kind: str) -> None:
 
 
 def test_what_is_counted_is_done() -> None:
-    machine = Machine(1e11, 1e10)
-    sampled: Any = pieces.rollouts(WORK, machine, "cpu", "torch").run()
+    sampled: Any = pieces.rollouts(WORK, "cpu", "torch").run()
     assert [[len(r.ids) for r in row] for row in sampled] == [[5] * 3] * 2
-    learned: Any = pieces.learner(WORK, machine, "cpu", "torch").run()
+    learned: Any = pieces.learner(WORK, "cpu", "torch").run()
     assert learned["learner/grad_norm"] > 0, "a step without a gradient is no work"
-    trained: Any = pieces.sft(WORK, machine, "cpu", "torch").run()
+    trained: Any = pieces.sft(WORK, "cpu", "torch").run()
     assert trained["tokens/trained"] == TOKENS["sft"]
 
 
@@ -80,8 +80,8 @@ def test_the_same_seed_is_the_same_work() -> None:
 
 def test_one_run_does_not_count_and_pieces_take_turns() -> None:
     ran: list[str] = []
-    made = {name: pieces.Piece(partial(ran.append, name), 1, 0.0) for name in "ab"}
-    measure(made, repeats=2, device="cpu")
+    made = {name: pieces.Piece(partial(ran.append, name), 1, lambda machine: 0) for name in "ab"}
+    measure(made, Machine(1, 1), repeats=2, device="cpu")
     assert ran == list("ababab")
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
 
@@ -177,12 +177,14 @@ def test_the_peak_is_of_the_piece_and_not_of_what_was_before() -> None:
     process of its own: once one keeps what it frees, as benchmarks do, all is held."""
     script = """
 import json, torch
+from aquarl.bench.floor import Machine
 from aquarl.bench.pieces import Piece
 from aquarl.bench.timing import measure
 before = torch.ones(100 << 20)
 del before
 runs = {"plain": lambda: None, "large": lambda: torch.ones(25 << 20)}
-lines = measure({name: Piece(run, 1, 1.0) for name, run in runs.items()}, 2, "cpu")
+pieces = {name: Piece(run, 1, lambda machine: 1.0) for name, run in runs.items()}
+lines = measure(pieces, Machine(1.0, 1.0), 2, "cpu")
 print(json.dumps({name: line["peak_memory_mb"] for name, line in lines.items()}))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)

@@ -36,15 +36,22 @@ class Machine:
 def measure_machine(device: torch.device) -> Machine:
     """Return its matrix and memory rates, in the precision that a policy uses there."""
     is_gpu = device.type == "cuda"
-    dtype, side = (torch.bfloat16, 8192) if is_gpu else (torch.float32, 1024)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(a)
     source = torch.empty(1 << (32 if is_gpu else 28), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    moved = 2 * source.numel()
     return Machine(
-        flops=2 * side**3 / _seconds(lambda: mm(a, b, out=out), device),
-        bytes=2 * source.numel() / _seconds(lambda: target.copy_(source), device),
+        flops=measure_product(device),
+        bytes=moved / _seconds(lambda: target.copy_(source), device),
     )
+
+
+def measure_product(device: torch.device) -> float:
+    """Return the FLOPs a second of a large matrix product: on a shared machine another in every
+    minute, so it is measured in turn with what is held against it."""
+    dtype, side = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * side**3 / _seconds(lambda: mm(a, b, out=out), device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 7) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from aquarl.bench import pieces
-from aquarl.bench.floor import Machine, measure_machine
+from aquarl.bench.floor import measure_machine
 from aquarl.bench.pieces import Piece
 from aquarl.bench.timing import hardware, measure
 from aquarl.bench.work import Work
@@ -16,7 +16,7 @@ from aquarl.errors import ConfigError
 from aquarl.model.modes import keep_memory
 from aquarl.model.products import use_threads
 
-PIECES: dict[str, Callable[[Work, Machine, str, str], Piece]] = {
+PIECES: dict[str, Callable[[Work, str, str], Piece]] = {
     "rollouts": pieces.rollouts,
     "learner": pieces.learner,
     "step": pieces.step,
@@ -42,8 +42,8 @@ def bench(
     machine = measure_machine(torch.device(device))
     keep_memory()  # not what that took
     names = tuple(engines) if kind in WITH_ENGINE else ("torch",)
-    made = {engine: PIECES[kind](work, machine, device, engine) for engine in names}
-    lines = measure(made, repeats, device)
+    made = {engine: PIECES[kind](work, device, engine) for engine in names}
+    lines = measure(made, machine, repeats, device)
     about = {
         "bench": kind,
         "size": work.size,
@@ -58,8 +58,6 @@ def bench(
         "device": device,
         "hardware": hardware(device),
         "threads": threads,
-        "gflops": round(machine.flops / 1e9, 1),
-        "gb_per_s": round(machine.bytes / 1e9, 1),
     }
     engine_of = {name: {"engine": name} if kind in WITH_ENGINE else {} for name in names}
     return [about | engine_of[name] | line | here for name, line in lines.items()]

@@ -34,16 +34,16 @@ class Piece:
     run: Callable[[], object]
     tokens: int
     """What one run gets done: tokens sampled, or positions trained."""
-    floor_s: float
+    floor_s: Callable[[Machine], float]
 
 
-def rollouts(work: Work, machine: Machine, device: str, engine: str) -> Piece:
+def rollouts(work: Work, device: str, engine: str) -> Piece:
     sampler = make_sampler(work, device, engine)
     sampler.load_weights(flatten(work.model(), 0))
     return Piece(
         lambda: sampler.sample(work.prompt_list, work.seeds, work.sampling),
         tokens=work.prompts * work.samples * work.max_new,
-        floor_s=floor.rollouts(work, machine, _bytes_a_number(device)),
+        floor_s=lambda machine: floor.rollouts(work, machine, _bytes_a_number(device)),
     )
 
 
@@ -53,18 +53,18 @@ def make_sampler(work: Work, device: str, engine: str) -> Sampler:
     return TorchSampler(work.model(), NEVER, device)
 
 
-def learner(work: Work, machine: Machine, device: str, engine: str) -> Piece:
+def learner(work: Work, device: str, engine: str) -> Piece:
     policy = Learner(work.model().to(device), work.rl_config)
     groups, rollouts_in_step = work.groups(work.drawn()), work.prompts * work.samples
     tokens = rollouts_in_step * work.max_new
     return Piece(
         lambda: policy.update(groups, tokens, rollouts_in_step),
         tokens=tokens,
-        floor_s=floor.learner(work, machine),
+        floor_s=lambda machine: floor.learner(work, machine),
     )
 
 
-def step(work: Work, machine: Machine, device: str, engine: str) -> Piece:
+def step(work: Work, device: str, engine: str) -> Piece:
     policy = Learner(work.model().to(device), work.rl_config)
     sampler = make_sampler(work, device, engine)
     rollouts_in_step = work.prompts * work.samples
@@ -82,11 +82,14 @@ def step(work: Work, machine: Machine, device: str, engine: str) -> Piece:
         groups = work.groups([group.rollouts for group in scored])
         policy.update(groups, tokens, rollouts_in_step)
 
-    both = floor.rollouts(work, machine, _bytes_a_number(device)) + floor.learner(work, machine)
+    def both(machine: Machine) -> float:
+        sampling = floor.rollouts(work, machine, _bytes_a_number(device))
+        return sampling + floor.learner(work, machine)
+
     return Piece(run, tokens=tokens, floor_s=both)
 
 
-def sft(work: Work, machine: Machine, device: str, engine: str) -> Piece:
+def sft(work: Work, device: str, engine: str) -> Piece:
     positions = work.rows * work.context
     config = SupervisedConfig(batch_tokens=positions, micro_rows=work.rows)
     rows = _RandomRows(work)
@@ -94,7 +97,7 @@ def sft(work: Work, machine: Machine, device: str, engine: str) -> Piece:
     model = work.model().to(device)
     compile_policy(model, work.compile)
     trainer = SupervisedTrainer(model, config, rows, rows, words)
-    return Piece(trainer.update, tokens=positions, floor_s=floor.supervised(work, machine))
+    return Piece(trainer.update, positions, lambda machine: floor.supervised(work, machine))
 
 
 class _RandomRows:

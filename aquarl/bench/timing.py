@@ -1,6 +1,7 @@
 """Pieces of work in, a line of figures each out: medians with their spread, beside the floor.
 
-Several pieces are run in turn, so that a neighbour on the machine slows all of them alike.
+Several pieces are run in turn, and the matrix product that their floors are made of with them, so
+that a neighbour on the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import resource
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from aquarl.bench.floor import Machine, measure_product
 from aquarl.bench.pieces import Piece
 from aquarl.observe.machine import cpu_model
 
@@ -22,18 +25,23 @@ Figures = dict[str, Any]
 PROCESSES = Path("/proc")
 
 
-def measure(pieces: Mapping[str, Piece], repeats: int, device: str) -> dict[str, Figures]:
+def measure(
+    pieces: Mapping[str, Piece], machine: Machine, repeats: int, device: str
+) -> dict[str, Figures]:
     """Run each piece `repeats` times in turn, after one run that does not count.
 
     Returns:
         By name: seconds of wall and CPU time (all threads of this process) as
-        {median, low, high}, tokens per second of both, the floor and how much of the time it is;
+        {median, low, high}, tokens per second of both, the floor and how much of the time it is,
+        by the product's rate meanwhile;
         the most memory that the process (its part of a GPU) held while the piece ran.
     """
     wall: dict[str, list[float]] = {name: [] for name in pieces}
     cpu: dict[str, list[float]] = {name: [] for name in pieces}
     peak = dict.fromkeys(pieces, 0.0)
+    rates = []
     for repeat in range(repeats + 1):
+        rates.append(measure_product(torch.device(device)))
         for name, piece in pieces.items():
             _settle(device)
             _forget_peak(device)
@@ -45,8 +53,10 @@ def measure(pieces: Mapping[str, Piece], repeats: int, device: str) -> dict[str,
                 wall[name].append(time.perf_counter() - wall_from)
                 cpu[name].append(time.process_time() - cpu_from)
     is_gpu = device.startswith("cuda")
+    machine = replace(machine, flops=statistics.median(rates))
     lines = {}
     for name, piece in pieces.items():
+        floor_s = piece.floor_s(machine)
         wall_s, cpu_s = spread(wall[name]), spread(cpu[name])
         taken = (wall_s if is_gpu else cpu_s)["median"]
         lines[name] = {
@@ -56,9 +66,11 @@ def measure(pieces: Mapping[str, Piece], repeats: int, device: str) -> dict[str,
             "cpu_s": cpu_s,
             "tokens_per_s": round(piece.tokens / wall_s["median"], 1),
             "tokens_per_cpu_s": round(piece.tokens / max(cpu_s["median"], 1e-9), 1),
-            "floor_s": _rounded(piece.floor_s),
-            "floor_share": _rounded(piece.floor_s / taken),
+            "floor_s": _rounded(floor_s),
+            "floor_share": _rounded(floor_s / taken),
             "peak_memory_mb": round(peak[name] / 1e6),
+            "gflops": round(machine.flops / 1e9, 1),
+            "gb_per_s": round(machine.bytes / 1e9, 1),
         }
     return lines
 
