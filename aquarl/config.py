@@ -121,7 +121,7 @@ class ModelConfig(Section):
             return self.heads
         width = self.resolved_width
         least = max(1, -(-width // 128))
-        even = (n for n in range(least, width // 8 + 1) if width % (8 * n) == 0)
+        even = (n for n in range(least, width // 32 + 1) if width % (8 * n) == 0)
         return next(even, least)
 
     @property

@@ -39,8 +39,8 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the machine itself takes seconds, and no test needs its truth."""
     machine = Machine(flops=1e11, bytes=1e10)
     monkeypatch.setattr("aquarl.bench.lines.measure_machine", lambda device: machine)
-    monkeypatch.setattr("aquarl.cluster.bench_ray.measure_machine", lambda device: machine)
-    monkeypatch.setattr("aquarl.bench.timing.measure_product", lambda device: machine.flops)
+    monkeypatch.setattr("aquarl.cluster.bench_ray.measure_machine", lambda device, clock: machine)
+    monkeypatch.setattr("aquarl.bench.timing.measure_product", lambda device, clock: machine.flops)
 
 
 @pytest.mark.parametrize("kind", PIECES)

@@ -45,7 +45,7 @@ def test_a_run_killed_at_every_point_gives_the_weights_of_an_undisturbed_one(
     employ(monkeypatch)
     arm(after_sft, *POINTS)
     (after_sft / "scale to").write_text("3")
-    soon = ("rl.lease_timeout_s=5", "cluster.step_timeout_s=5")
+    soon = ("rl.lease_timeout_s=5", "cluster.step_timeout_s=10")
     assert run_rl(tiny, after_sft, "rl.rollout_workers=2", "cluster.max_failures=3", *soon) == 0
     assert armed(after_sft) == [], "somebody died at each of them"
     assert_same(weights(after_sft), in_process[0])

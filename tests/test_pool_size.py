@@ -96,6 +96,14 @@ def test_while_a_worker_finds_no_place_no_other_is_wanted() -> None:
     assert size.wanted == 3
 
 
+def test_a_worker_that_never_finds_a_place_is_given_up_when_it_is_missed_no_more() -> None:
+    size = pool()
+    for seen in (STARVED, FLOODED):
+        for _ in range(3 * STEPS_TO_FORGET):
+            size.observe(**seen, workers=min(size.wanted, 2))
+    assert size.wanted == 1
+
+
 @pytest.mark.parametrize(("staleness", "useful"), [(0, 2), (1, 4), (3, 8)])
 def test_never_more_workers_than_leases_that_may_be_open(staleness: int, useful: int) -> None:
     assert after(pool(1, 100, max_staleness=staleness), 1_000, STARVED) == useful

@@ -23,7 +23,7 @@ from aquarl.model.shape import Shape
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine does per second (of CPU time, on CPUs), at best."""
+    """What this machine does per second, at best."""
 
     flops: float
     bytes: float
@@ -33,37 +33,49 @@ class Machine:
         return max(flops / self.flops, moved / self.bytes)
 
 
-def measure_machine(device: torch.device) -> Machine:
-    """Return its matrix and memory rates, in the precision that a policy uses there."""
+Clock = Callable[[], float]
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Return what a piece of work is timed with: of a CPU the seconds that it is used, whatever
+    else runs there and however many threads take part; of a GPU those of the wall."""
+    return time.perf_counter if device.type == "cuda" else time.process_time
+
+
+def measure_machine(device: torch.device, clock: Clock | None = None) -> Machine:
+    """Return its matrix and memory rates, in the precision that a policy uses there.
+
+    Args:
+        clock: What the work is timed with; `clock_of` the device without it.
+    """
+    clock = clock or clock_of(device)
     is_gpu = device.type == "cuda"
     source = torch.empty(1 << (32 if is_gpu else 28), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     moved = 2 * source.numel()
     return Machine(
-        flops=measure_product(device),
-        bytes=moved / _seconds(lambda: target.copy_(source), device),
+        flops=measure_product(device, clock),
+        bytes=moved / _seconds(lambda: target.copy_(source), device, clock),
     )
 
 
-def measure_product(device: torch.device) -> float:
+def measure_product(device: torch.device, clock: Clock) -> float:
     """Return the FLOPs a second of a large matrix product: on a shared machine another in every
     minute, so it is measured in turn with what is held against it."""
     dtype, side = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * side**3 / _seconds(lambda: mm(a, b, out=out), device)
+    return 2 * side**3 / _seconds(lambda: mm(a, b, out=out), device, clock)
 
 
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
-    """Return the seconds that a piece of work is measured in, too: of a CPU's time, whatever else
-    runs there and however many threads take part; a GPU's are the clock's."""
-    is_gpu = device.type == "cuda"
-    clock = time.perf_counter if is_gpu else time.process_time
+def _seconds(
+    work: Callable[[], object], device: torch.device, clock: Clock, repeats: int = 7
+) -> float:
     taken = []
     for _ in range(repeats + 2):
         started = clock()
         work()
-        if is_gpu:
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(clock() - started)
     return statistics.median(taken[2:])

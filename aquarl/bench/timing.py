@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from aquarl.bench.floor import Machine, measure_product
+from aquarl.bench.floor import Machine, clock_of, measure_product
 from aquarl.bench.pieces import Piece
 from aquarl.observe.machine import cpu_model
 
@@ -41,7 +41,7 @@ def measure(
     peak = dict.fromkeys(pieces, 0.0)
     rates = []
     for repeat in range(repeats + 1):
-        rates.append(measure_product(torch.device(device)))
+        rates.append(measure_product(torch.device(device), clock_of(torch.device(device))))
         for name, piece in pieces.items():
             _settle(device)
             _forget_peak(device)

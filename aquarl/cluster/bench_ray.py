@@ -66,7 +66,7 @@ def bench_ray(kind: str, work: Work, *, workers: int, repeats: int, threads: int
         ConfigError: The work cannot be done.
     """
     use_threads(threads)
-    machine = measure_machine(torch.device("cpu"))
+    machine = measure_machine(torch.device("cpu"), time.perf_counter)
     keep_memory()
     about = {"bench": kind, "size": work.size}
     here = {

@@ -36,6 +36,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
+    WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
 )
 from torch import nn
@@ -52,6 +53,7 @@ from aquarl.storage import remove
 T = TypeVar("T")
 
 ABORT_S = 5.0
+NO_PLACE = (WorkerGroupStartupTimeoutError, InsufficientClusterResourcesError)
 WAIT, LONGEST_WAIT = timedelta(hours=1), timedelta(days=1)
 """Of learners for one another; and for what one does for a machine: encoding a corpus."""
 
@@ -166,7 +168,7 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
                 elif _failed_to_start(error) and starts <= cluster.max_failures:
                     starts += 1
                 else:
-                    raise _given_up(config, error, starts) from error
+                    raise _given_up(config, error) from error
     finally:
         remove(storage)
         if meeting:
@@ -207,18 +209,18 @@ def _trainer(
 
 
 def _failed_to_start(error: Exception) -> bool:
-    """Return whether a learner had its place and died, or met no other, before it began. Train
-    gives that up at once; of a place that is not found it is Train that tries again."""
-    no_place = (WorkerGroupStartupTimeoutError, InsufficientClusterResourcesError)
-    return isinstance(error, ControllerError) and not isinstance(error.controller_failure, no_place)
+    """Return whether a learner had its place and died, or met no other, before it began, which
+    Train gives up at once."""
+    tried = (*NO_PLACE, WorkerGroupStartupFailedError)  # by Train, as often
+    return isinstance(error, ControllerError) and not isinstance(error.controller_failure, tried)
 
 
-def _given_up(config: Config, error: Exception, starts: int) -> ClusterError:
+def _given_up(config: Config, error: Exception) -> ClusterError:
     """Return what is said of a group that failed for good."""
     cluster = config.cluster
-    if isinstance(error, ControllerError) and _failed_to_start(error):
+    if isinstance(error, ControllerError) and not isinstance(error.controller_failure, NO_PLACE):
         return ClusterError(
-            f"The learner group could not start, tried {starts} times: "
+            f"The learner group could not start, tried {cluster.max_failures + 1} times: "
             f"{_root(error.controller_failure)} What was saved is whole; start the same command "
             "again to resume. If learners do not find one another, their machines must reach each "
             "other on all ports."

@@ -129,7 +129,8 @@ def _supervised_stage(
             member.once_a_machine(
                 lambda: base.encode_corpus(config, tokenizer, token_folder(config))
             )
-    train, validation, refused = member.each(lambda: _rows(config, stage, tokenizer))
+    with post.deadline.lifted():  # as long as there are conversations
+        train, validation, refused = member.each(lambda: _rows(config, stage, tokenizer))
     trainer = SupervisedTrainer(
         model,
         getattr(config, stage),
@@ -275,8 +276,9 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         forget_transcripts(config.run.dir, learner.step)
 
     post.begin("rl", learner.step)
-    member.once(begin)  # no rank may ask for a step of before the rewind
-    member.each(stream.join)
+    with post.deadline.lifted():  # the stream's own are longer
+        member.once(begin)  # no rank may ask for a step of before the rewind
+        member.each(stream.join)
     last: Metrics = {}
 
     def each(work: Callable[[], T]) -> T:

@@ -426,13 +426,16 @@ class StreamActor:
         """Return what is ready in the end. Raises: ClusterError, when no group has come for long,
         saying why."""
         began, learner = time.monotonic(), self._learner
+
+        def deadline() -> float:
+            return max(began, self._booked_at) + self._config.rl.wait_timeout_s
+
         while (result := ready()) is None:
-            deadline = max(began, self._booked_at) + self._config.rl.wait_timeout_s
-            await self._wait(deadline)
+            await self._wait(deadline())
             self._require(learner)
             if self._fault:
                 raise ClusterError(self._fault)
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline():
                 why = self._why_late(what)
                 where = leave_stacks(self._config.run.dir, why, await self.status())
                 raise ClusterError(f"{why} {where}")

@@ -25,7 +25,7 @@ STEPS_TO_SHRINK = 6
 """More: a worker that is missed later takes its time to start."""
 STEPS_TO_FORGET = 100
 """For so long a size that was too small is not gone back to: counted from when the worker that was
-missed is up, and twice as long each time, up to `PATIENCE` times."""
+missed is up, or missed no more, and twice as long each time, up to `PATIENCE` times."""
 PATIENCE = 16
 
 
@@ -55,7 +55,8 @@ class PoolSize:
             workers: That are up. Fewer than wanted: the rest has found no place yet.
         """
         self._steps += 1
-        if workers < self.wanted and self.wanted - 1 in self._closed_until:
+        is_missed = workers < self.wanted and wait_share >= SHRINK_BELOW
+        if is_missed and self.wanted - 1 in self._closed_until:
             self._closed_until[self.wanted - 1] += 1
         if wait_share > GROW_ABOVE and workers >= self.wanted:
             self._streak = max(self._streak, 0) + 1
