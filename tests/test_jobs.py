@@ -195,7 +195,8 @@ def test_a_live_run_is_seen_scaled_stopped_and_resumed_as_if_nothing_had_been(
     head: Head, finished_run: Path, after_sft: Path, tiny: str
 ) -> None:
     here = ["--config", tiny, f"run.dir={after_sft}"]
-    submitting = ["submit", "rl", *here, f"cluster.address={head.dashboard}"]
+    patient = [f"rl.lease_timeout_s={PATIENCE_S}", f"rl.wait_timeout_s={2 * PATIENCE_S}"]
+    submitting = ["submit", "rl", *here, *patient, f"cluster.address={head.dashboard}"]
     following = head.start(*submitting)
     worker = eventually(lambda: rollout_workers(head))[0]
     eventually((after_sft / "checkpoints/rl/step_000002/meta.json").exists)

@@ -388,7 +388,8 @@ def who_holds_vllm(mark: str) -> Iterator[str]:
             if "/vllm/_C" in (process / "maps").read_text():
                 title = (process / "cmdline").read_text()
                 actor = re.search(r"RolloutWorker|EvaluationWorker", title)
-                yield actor[0] if actor else title
+                if title:  # one that is ending has none any more
+                    yield actor[0] if actor else title
 
 
 @pytest.fixture(scope="module")
