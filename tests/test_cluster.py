@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.train.torch import TorchConfig
-from ray.util.state import list_actors
+from ray.util.state import list_actors, list_placement_groups
 
 from aquarl.cli import main
 from aquarl.cluster import learner_group, rollout_pool, stages, stream_actor
@@ -337,6 +338,8 @@ def test_a_learner_that_dies_before_it_has_begun_is_started_again(
     with pytest.raises(ClusterError, match=r"could not start, tried 2 times: .*(SIGKILL|died)"):
         run_group(config, MortalArrival(str(tmp_path)))
     assert not armed(tmp_path)
+    groups = partial(list_placement_groups, filters=[("state", "!=", "REMOVED")])
+    eventually(lambda: not groups(), every=0.5)  # else the next try could find no place
 
 
 @pytest.mark.slow

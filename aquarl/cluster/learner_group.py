@@ -22,6 +22,7 @@ import ray
 import torch
 import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray._raylet import PlacementGroupID
 from ray.exceptions import RayError
 from ray.train import (
     ControllerError,
@@ -39,6 +40,8 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
 )
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.state import list_placement_groups
 from torch import nn
 
 from aquarl.cluster.connection import cluster_address
@@ -161,7 +164,8 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
                 trainer.abort()
                 raise
             except Exception as error:
-                # Train gives back what its group held, unless its own controller died.
+                if _failed_to_start(error):
+                    _give_places_back()
                 is_orderly = isinstance(error, TrainingFailedError) and cluster.max_failures > 0
                 if is_orderly and has_saved_since(config, before):
                     starts = 1
@@ -213,6 +217,15 @@ def _failed_to_start(error: Exception) -> bool:
     Train gives up at once."""
     tried = (*NO_PLACE, WorkerGroupStartupFailedError)  # by Train, as often
     return isinstance(error, ControllerError) and not isinstance(error.controller_failure, tried)
+
+
+def _give_places_back() -> None:
+    """Remove the placement groups of this job: Train keeps that of a group that failed to start."""
+    here = ray.get_runtime_context()
+    mine = [("creator_job_id", "=", here.get_job_id()), ("state", "!=", "REMOVED")]
+    for group in list_placement_groups(here.gcs_address, filters=mine, limit=1000):
+        place = PlacementGroupID(bytes.fromhex(group.placement_group_id))
+        remove_placement_group(PlacementGroup(place))
 
 
 def _given_up(config: Config, error: Exception) -> ClusterError:
