@@ -164,12 +164,12 @@ def run_group(config: Config, work: Callable[[Config, Member], None]) -> None:
                 trainer.abort()
                 raise
             except Exception as error:
-                if _failed_to_start(error):
+                if is_early := _failed_to_start(error):
                     _give_places_back()
                 is_orderly = isinstance(error, TrainingFailedError) and cluster.max_failures > 0
                 if is_orderly and has_saved_since(config, before):
                     starts = 1
-                elif _failed_to_start(error) and starts <= cluster.max_failures:
+                elif is_early and starts <= cluster.max_failures:
                     starts += 1
                 else:
                     raise _given_up(config, error) from error
