@@ -6,17 +6,19 @@ is 1 to 1e-7 only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from aquarl.engines.decoder import BLOCK, Decoder, Decoding
+from aquarl.engines.decoder import Answers, Decoder, Decoding, PlainDecoding, begin
 from aquarl.model.attention import Prefix
-from aquarl.model.gpt import GPT, SOFT_CAP
+from aquarl.model.gpt import GPT
 from tests.fakes import random_ids, random_model
 
 HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
-G, T = 3, 2 * BLOCK + 5
+G, T = 3, 21
 TOGETHER = ((5, 1), (7, 7, 2))
 """Lengths of the prompts of two prefixes."""
 
@@ -25,7 +27,11 @@ def prompts() -> list[Tensor]:
     return [random_ids((n,), seed=10 * i + n) for i, ns in enumerate(TOGETHER) for n in ns]
 
 
-def begun(model: GPT) -> Decoding:
+Way = Callable[..., Answers]
+WAYS = pytest.mark.parametrize("way", [Decoding, PlainDecoding])
+
+
+def begun(model: GPT, way: Way) -> Answers:
     prefixes, rest = [], prompts()
     for lengths in TOGETHER:
         ids_PT = torch.full((len(lengths), max(lengths)), 63)  # what stands on padding is nothing
@@ -33,7 +39,7 @@ def begun(model: GPT) -> Decoding:
             row[:n] = rest.pop(0)
         prefixes.append(Prefix(torch.tensor(lengths)))
         model(ids_PT, prefixes[-1])
-    return Decoding(Decoder(model), prefixes, G, room=T)
+    return way(Decoder(model), prefixes, G, room=T)
 
 
 def whole_rows(model: GPT, answers_BT: Tensor) -> Tensor:
@@ -48,20 +54,22 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 @HEADS
+@WAYS
 @torch.inference_mode()
-def test_a_step_is_the_model_over_whole_rows(heads: int, kv_heads: int) -> None:
+def test_a_step_is_the_model_over_whole_rows(heads: int, kv_heads: int, way: Way) -> None:
     model = random_model(heads=heads, kv_heads=kv_heads).double()
     answers_BT = random_ids((5 * G, T), seed=99)
-    answers = begun(model)
+    answers = begun(model, way)
     steps = torch.stack([answers.step(ids_B) for ids_B in answers_BT.T], dim=1)
     assert_near(steps, whole_rows(model, answers_BT))
 
 
+@WAYS
 @torch.inference_mode()
-def test_dropping_rows_leaves_those_that_stay_as_they_were() -> None:
+def test_dropping_rows_leaves_those_that_stay_as_they_were(way: Way) -> None:
     model = random_model(heads=4, kv_heads=2).double()
     answers_BT = random_ids((5 * G, T), seed=99)
-    expected, answers = whole_rows(model, answers_BT), begun(model)
+    expected, answers = whole_rows(model, answers_BT), begun(model, way)
     for ids_B in answers_BT.T[:4]:
         answers.step(ids_B)
     # Of the first prefix one prompt stays, of the second two; then the first goes as a whole.
@@ -76,19 +84,10 @@ def test_dropping_rows_leaves_those_that_stay_as_they_were() -> None:
 
 
 @torch.inference_mode()
-def test_squashed_logits_are_the_logits() -> None:
-    model = random_model()
-    hidden_BD = torch.randn(6, model.shape.width, generator=torch.manual_seed(0)) * 20
-    squashed_BV = Decoder(model).squashed(hidden_BD)
-    logits_BV = model.logits(hidden_BD)
-    assert logits_BV.abs().max() > 12, "the cap is at work here"
-    torch.testing.assert_close((2 * squashed_BV - 1) * SOFT_CAP, logits_BV, rtol=0, atol=5e-5)
-
-
-@torch.inference_mode()
 def test_a_policy_in_bf16_decodes_in_bf16() -> None:
     ids_B = random_ids((5 * G,), seed=1)
     policies = random_model().in_precision(torch.bfloat16), random_model()
-    rounded, exact = (begun(policy).step(ids_B) for policy in policies)
+    assert isinstance(begun(policies[1], begin), Decoding)
+    rounded, exact = (begun(policy, begin).step(ids_B) for policy in policies)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().mean() < 0.05

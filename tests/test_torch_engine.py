@@ -149,11 +149,11 @@ def test_drawn_tokens_follow_the_distribution() -> None:
     """20,000 draws against their chances: chi-square under its 99.99 % bound, 23 degrees."""
     logits_V = torch.randn(VOCAB, generator=torch.manual_seed(0))
     uniforms_B = torch.rand(20_000, generator=torch.manual_seed(1))
-    squashed_V = (logits_V / SOFT_CAP + 1) / 2
+    raw_V = ((logits_V / SOFT_CAP + 1) / 2).logit()
     for drawn_by, given_V, temperature in (
-        (draw, squashed_V, 1.0),
-        (draw, squashed_V, 0.5),
-        (draw, squashed_V, 0.1),  # too cold for exponentials without a maximum
+        (draw, raw_V, 1.0),
+        (draw, raw_V, 0.5),
+        (draw, raw_V, 0.1),  # too cold for exponentials without a maximum
         (draw_from_any, logits_V, 1.0),
     ):
         ids_B, logprobs_B = drawn_by(
@@ -189,11 +189,11 @@ def test_a_larger_vocabulary_has_no_holes() -> None:
 @pytest.mark.parametrize("vocab", [5, 32, 33, 4_096])
 def test_every_uniform_number_finds_the_token_that_the_sum_says(vocab: int) -> None:
     """In fp64, over the whole row at once; the smallest and largest numbers are among them."""
-    squashed_BV = torch.rand(200, vocab, generator=torch.manual_seed(vocab))
+    raw_BV = 4 * torch.randn(200, vocab, generator=torch.manual_seed(vocab))
     uniforms_B = torch.rand(200, generator=torch.manual_seed(1))
     uniforms_B[:2] = torch.tensor([0.0, 1 - 2.0**-24])
-    ids_B, logprobs_B = draw(squashed_BV.clone(), uniforms_B, Sampling(1))
-    chances_BV = ((2 * squashed_BV.double() - 1) * SOFT_CAP).softmax(dim=1)
+    ids_B, logprobs_B = draw(raw_BV.clone(), uniforms_B, Sampling(1))
+    chances_BV = ((2 * raw_BV.double().sigmoid() - 1) * SOFT_CAP).softmax(dim=1)
     sums_BV = chances_BV.cumsum(dim=1)
     above_B = sums_BV.gather(1, ids_B[:, None])[:, 0]
     below_B = above_B - chances_BV.gather(1, ids_B[:, None])[:, 0]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aquarl.engines.decoder import Decoder, Decoding
+from aquarl.engines.decoder import Answers, Decoder, begin
 from aquarl.errors import ConfigError
 from aquarl.model.attention import Prefix
 from aquarl.model.drawing import draw
@@ -98,11 +98,11 @@ class TorchSampler:
         P, G, T = len(rows), len(seeds[0]), sampling.max_new_tokens
         prefixes, last_hidden_PD = self._prefill(rows)
         uniforms_TB = _uniforms(seeds, T).T.to(self.device)
-        answers = Decoding(self.decoder, prefixes, G, room=T)
+        answers = begin(self.decoder, prefixes, G, room=T)
         batch = _Batch(P, G, T, self.stop_id, self.device)
-        squashed_BV = self.decoder.squashed(last_hidden_PD).repeat_interleave(G, dim=0)
+        raw_BV = self.decoder.raw(last_hidden_PD).repeat_interleave(G, dim=0)
         for t, uniforms_B in enumerate(uniforms_TB):
-            ids_B, logprobs_B = draw(squashed_BV, uniforms_B[batch.rows_B], sampling)
+            ids_B, logprobs_B = draw(raw_BV, uniforms_B[batch.rows_B], sampling)
             batch.record(ids_B, logprobs_B, self.version)
             is_time = t % LOOK_EVERY == 0
             if t == T - 1 or (is_time and batch.is_done):
@@ -111,7 +111,7 @@ class TorchSampler:
                 ids_B = ids_B[kept_B]
             if (weights := self.newer_weights()) is not None:
                 self.load_weights(weights)
-            squashed_BV = self.decoder.squashed(answers.step(ids_B))
+            raw_BV = self.decoder.raw(answers.step(ids_B))
         return batch.rollouts()
 
     def _sample_static(
@@ -211,7 +211,7 @@ class _Batch:
     def is_done(self) -> bool:
         return not bool(self.is_open_PG.any())
 
-    def compact(self, answers: Decoding) -> Tensor | None:
+    def compact(self, answers: Answers) -> Tensor | None:
         """Drop prompts that are finished and the places no prompt needs any more.
 
         Every prompt keeps as many rows as the one with the most open rows, so the batch stays

@@ -67,6 +67,12 @@ class Prefix:
         self.keys_values.append((k_PJTK, v_PJTK))
         return causal(layer, q_PHTK, k_PJTK, v_PJTK)
 
+    def kept(self, prompts: Tensor) -> Prefix:
+        """Return these prompts of it."""
+        kept = Prefix(self.lengths_P[prompts])
+        kept.keys_values = [(keys[prompts], values[prompts]) for keys, values in self.keys_values]
+        return kept
+
     @property
     def mask_PT(self) -> Tensor:
         """(P, T) float: 0 where the prompt is real, -inf on its padding."""
@@ -90,6 +96,7 @@ class Continuation:
 
     def __init__(self, prefix: Prefix, answers_per_prompt: int, room: int) -> None:
         self.prefix, self.G, self.room = prefix, answers_per_prompt, room
+        self.P = len(prefix.lengths_P)
         self.length = 0
         """Positions of the answers that are in the cache already."""
         self._cache: list[tuple[Tensor, Tensor]] = []
@@ -103,6 +110,14 @@ class Continuation:
 
     def advance(self, new_positions: int) -> None:
         self.length += new_positions
+
+    def keep(self, prompts: Tensor, answers_PG: Tensor) -> None:
+        """Drop all rows but these answers of these prompts, in the old numbering."""
+        rows_B = (prompts[:, None] * self.G + answers_PG).flatten()
+        self._cache = [(keys[rows_B], values[rows_B]) for keys, values in self._cache]
+        self.prefix = self.prefix.kept(prompts)
+        self._prompt_mask_PT = self._prompt_mask_PT[prompts]
+        self.P, self.G = answers_PG.shape
 
     def __call__(self, layer: int, q_BHTK: Tensor, k_BJTK: Tensor, v_BJTK: Tensor) -> Tensor:
         B, H, T, K = q_BHTK.shape

@@ -5,12 +5,15 @@ Draws by inverting the distribution function: one uniform number a token.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from aquarl.model.gpt import SOFT_CAP
 from aquarl.model.head import COLDEST
+from aquarl.model.loops import compiled, exp, over_rows, squashed
 from aquarl.records import Sampling
 
 TOKENS_TOGETHER = 32
@@ -23,36 +26,52 @@ def is_inverted(sampling: Sampling) -> bool:
     return is_whole and sampling.temperature >= COLDEST
 
 
-def draw(squashed_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def draw(raw_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Return one id a row and its log-probability in the distribution it was drawn from.
 
     Args:
-        squashed_BV: (B, V) fp32 in [0, 1], from `Decoder.squashed`: the logits before the cap
-            widens them. Overwritten.
+        raw_BV: (B, V) from `head.squashed_logits`: with s its sigmoid, (2 s - 1) * SOFT_CAP is the
+            logit. Overwritten.
         uniforms_B: (B,) in [0, 1).
         sampling: Temperature 0 takes the likeliest token and gives its logprob at temperature 1.
     """
-    if not is_inverted(sampling):
-        return draw_from_any((2 * squashed_BV - 1) * SOFT_CAP, uniforms_B, sampling)
-    # Capped as they are, no maximum has to be taken off the logits before.
+    if raw_BV.is_cuda or not is_inverted(sampling):
+        return draw_from_any((2 * raw_BV.float().sigmoid() - 1) * SOFT_CAP, uniforms_B, sampling)
+    raw_BV = raw_BV.float()
+    ids_B = torch.empty(len(raw_BV), dtype=torch.long)
+    logprobs_B = torch.empty(len(raw_BV))
     cap = SOFT_CAP / sampling.temperature
-    chances_BV = squashed_BV.mul_(2 * cap).sub_(cap).exp_()
-    B, V = chances_BV.shape
-    if missing := -V % TOKENS_TOGETHER:
-        chances_BV = F.pad(chances_BV, (0, missing))
-    chances_BCX = chances_BV.view(B, -1, TOKENS_TOGETHER)
-    sums_BC = chances_BCX.sum(dim=2).cumsum(dim=1)
-    thresholds_B1 = uniforms_B[:, None] * sums_BC[:, -1:]
-    places_B1 = torch.searchsorted(sums_BC, thresholds_B1, right=True)
-    places_B1.clamp_(max=sums_BC.shape[1] - 1)
-    before_B1 = F.pad(sums_BC, (1, 0)).gather(1, places_B1)
-    chances_BX = chances_BCX[torch.arange(B, device=places_B1.device), places_B1[:, 0]]
-    within_B1 = torch.searchsorted(chances_BX.cumsum(dim=1), thresholds_B1 - before_B1, right=True)
-    # Rounding may let the last sum fall short of the threshold.
-    within_B1.clamp_(max=TOKENS_TOGETHER - 1)
-    ids_B1 = (places_B1 * TOKENS_TOGETHER + within_B1).clamp_(max=V - 1)
-    chosen_B1 = chances_BV.gather(1, ids_B1)
-    return ids_B1[:, 0], (chosen_B1 / sums_BC[:, -1:]).log_()[:, 0]
+    over_rows(_draw, len(raw_BV), raw_BV, uniforms_B, np.float32(cap), ids_B, logprobs_B)
+    return ids_B, logprobs_B
+
+
+@compiled
+def _draw(
+    first: int, stop: int, raw_BV: Any, uniforms_B: Any, cap: Any, ids_B: Any, logprobs_B: Any
+) -> None:
+    V = raw_BV.shape[1]
+    sums_C = np.empty((V + TOKENS_TOGETHER - 1) // TOKENS_TOGETHER, np.float32)
+    two = np.float32(2)
+    for b in range(first, stop):
+        chances_V = raw_BV[b]
+        for v in range(V):
+            chances_V[v] = exp(two * cap * squashed(chances_V[v]) - cap)
+        total = np.float32(0)
+        for c in range(len(sums_C)):
+            sums_C[c] = 0
+            for v in range(c * TOKENS_TOGETHER, min((c + 1) * TOKENS_TOGETHER, V)):
+                sums_C[c] += chances_V[v]
+            total += sums_C[c]
+        threshold, below, c = uniforms_B[b] * total, np.float32(0), 0
+        # Rounding may let the last sum fall short of the threshold.
+        while c < len(sums_C) - 1 and below + sums_C[c] <= threshold:
+            below += sums_C[c]
+            c += 1
+        v = c * TOKENS_TOGETHER
+        while v < min((c + 1) * TOKENS_TOGETHER, V) - 1 and below + chances_V[v] <= threshold:
+            below += chances_V[v]
+            v += 1
+        ids_B[b], logprobs_B[b] = v, np.log(chances_V[v] / total)
 
 
 def draw_from_any(

@@ -6,14 +6,13 @@ softly at 15, optionally fewer kv heads than query heads. Parameter names are na
 checkpoints are ours.
 
 Dropped from there: the embedding is kept in fp32 (autocast rounds what leaves it), and the KV cache
-lives in `attention.py`. On a GPU what stands between two products is one kernel (`fused.py`).
+lives in `attention.py`. What stands between two products is one kernel (`fused.py` on a GPU,
+`fused_cpu.py` on a CPU).
 
 Source: github.com/karpathy/nanochat, nanochat/gpt.py, October 2025.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +31,8 @@ def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last axis, without parameters."""
     if (kernels := kernels_for(x)) is not None:
         return kernels.norm(x)
-    if x.is_cuda or torch.compiler.is_compiling():  # one kernel, or joined with what is around it
-        wide = torch.promote_types(x.dtype, torch.float32)
-        eps = torch.finfo(wide).eps
-        return F.rms_norm(x.to(wide), (x.shape[-1],), eps=eps).to(x.dtype)
-    return _Norm.apply(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), (x.shape[-1],), eps=torch.finfo(wide).eps).to(x.dtype)
 
 
 def add_norm(x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,10 +51,10 @@ def _working(x: Tensor) -> Tensor:
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2"""
-    if torch.compiler.is_compiling():
-        return x.relu().square()
-    kernels = kernels_for(x)
-    return (_SquaredReLU if kernels is None else kernels.SquaredReLU).apply(x)
+    if (kernels := kernels_for(x)) is not None:
+        squared: Tensor = kernels.SquaredReLU.apply(x)
+        return squared
+    return x.relu().square()
 
 
 def interleaved(weight_XD: Tensor, head_width: int) -> Tensor:
@@ -87,43 +83,6 @@ def rotate(pairs: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x) * turns).flatten(-2)
 
 
-# What autograd would make of these two moves several times the memory.
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = (length.square_() / width + torch.finfo(wide).eps).rsqrt_()
-        y = (x * scale).to(x.dtype)
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        y, scale = ctx.saved_tensors
-        along = (grads[0] * y).mean(dim=-1, keepdim=True)
-        return torch.addcmul(grads[0], y, along, value=-1).mul_(scale)
-
-
-class _SquaredReLU(torch.autograd.Function):
-    """Keeps one tensor for the way back and makes one there, where autograd's own chain moves five
-    through memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = x.relu()
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return torch.addcmul(grads[0].new_zeros(()), grads[0], positive, value=2)
-
-
 class Attention(nn.Module):
     def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
@@ -139,7 +98,7 @@ class Attention(nn.Module):
         K = self.shape.head_width
         weights = (*(interleaved(c.weight, K) for c in (self.c_q, self.c_k)), self.c_v.weight)
         if (kernels := kernels_for(x_BTD)) is not None:
-            q, k, v = kernels.turned_heads(F.linear(x_BTD, torch.cat(weights)), turns, self.shape)
+            q, k, v = kernels.turned_heads(linear(x_BTD, torch.cat(weights)), turns, self.shape)
         else:
             q, k, v = (linear(x_BTD, weight).view(B, T, -1, K) for weight in weights)
             # Rotation in fp32 tables widens q and k under autocast; v tells the working precision.

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from aquarl.model.gpt import GPT, SOFT_CAP
-from aquarl.model.modes import has_triton
+from aquarl.model.modes import has_loops, has_triton, kernels_for
 from aquarl.model.products import is_numpys, mm
 
-CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
-"""Room for the fp32 logits of one chunk: about what a core's own cache holds."""
+CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
+"""Room for the fp32 logits of one chunk. A product of few rows spends its time on the weights."""
 
 FUSED_ROWS = 4096
 """Of one chunk where a kernel reads its bf16 logits: so many that the products are large ones."""
@@ -116,7 +116,7 @@ def _chunk(
     temperature: float,
     logprobs_C: Tensor | None = None,
     room_CV: Tensor | None = None,
-) -> _Chunk | _FusedChunk:
+) -> _Chunk | _FusedChunk | _LoopChunk:
     """Return some rows of logits, for the first time or, with their logprobs, for the second.
 
     Args:
@@ -124,6 +124,8 @@ def _chunk(
     """
     if _is_fused(hidden_CD):
         return _FusedChunk(hidden_CD, weight_VD, ids_C, temperature, logprobs_C, room_CV)
+    if has_loops(hidden_CD):
+        return _LoopChunk(hidden_CD, weight_VD, ids_C, temperature, room_CV)
     return _Chunk(hidden_CD, weight_VD, ids_C, temperature, room_CV=room_CV)
 
 
@@ -155,6 +157,29 @@ class _FusedChunk:
         """See `_Chunk.slopes_CV`. Once only: the logits are gone then."""
         scale = 4 / self.temperature
         return self._fused.slopes_(self._raw_CV, self.ids_C, self.logprobs_C, self._cap, scale)
+
+
+class _LoopChunk:
+    """`_Chunk` in one loop of the CPU, which makes the slopes of the logits at once."""
+
+    def __init__(
+        self,
+        hidden_CD: Tensor,
+        weight_VD: Tensor,
+        ids_C: Tensor,
+        temperature: float,
+        room_CV: Tensor | None = None,
+    ):
+        self._slopes_CV = squashed_logits(hidden_CD, weight_VD, room_CV)
+        self.logprobs_C, self._entropy_C = kernels_for(self._slopes_CV).look_(
+            self._slopes_CV, ids_C, SOFT_CAP / temperature, 4 / temperature
+        )
+
+    def entropy_C(self) -> Tensor:
+        return self._entropy_C
+
+    def slopes_CV(self) -> Tensor:
+        return self._slopes_CV
 
 
 class _Chunk:

@@ -83,10 +83,21 @@ def has_triton() -> bool:
     return lacks is None
 
 
+def has_loops(x: Tensor) -> bool:
+    """Whether our compiled loops are for this tensor: on a CPU, and in what a CPU computes in."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
 def kernels_for(x: Tensor) -> Any:
-    """Return `fused.py`, our own kernels between a learner's products, where this tensor's GPU runs
-    them and no compiler makes its own; else None."""
-    if not x.is_cuda or torch.compiler.is_compiling() or not has_triton():
+    """Return what does a learner's work between products on this tensor's device, `fused.py` or
+    `fused_cpu.py`; None where neither can, or where a compiler makes its own."""
+    if torch.compiler.is_compiling():
+        return None
+    if has_loops(x):
+        from aquarl.model import fused_cpu
+
+        return fused_cpu
+    if not x.is_cuda or not has_triton():
         return None
     from aquarl.model import fused  # imports Triton, which comes with torch for GPUs alone
 
