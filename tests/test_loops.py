@@ -75,12 +75,12 @@ def test_hidden_states_logprobs_and_gradients_are_those_of_torchs_operations(
     for module in (gpt, head):
         monkeypatch.setattr(module, "kernels_for", lambda x: None)
     monkeypatch.setattr(head, "has_loops", lambda x: False)
-    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-7}
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (1e-6, 1e-7)
     wanted = _taken(model)
     assert len(wanted) == 3 + 6 * 2 + 2, "two layers' matrices, the embedding, the head"
     for ours, theirs in zip(with_loops, wanted, strict=True):
         assert theirs.any() and ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, **near)
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 def _taken(model: GPT) -> list[Tensor]:
