@@ -90,6 +90,19 @@ def test_tokens_are_those_of_a_loop_that_recomputes_everything(sampling: Samplin
         assert_same(row, [reference(model, prompt, seed, sampling) for seed in seed_row])
 
 
+def test_tokens_are_the_same_where_no_loops_are_for_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU for which there are no kernels."""
+    expected = TorchSampler(policy(), STOP).sample(prompts(), seeds(), Sampling(NEW))
+    for module in ("engines.decoder", "model.drawing"):
+        monkeypatch.setattr(f"aquarl.{module}.has_loops", lambda x: False)
+    monkeypatch.setattr("aquarl.engines.torch_engine.COMPACT_BELOW", 1.0)
+    rows = TorchSampler(policy(), STOP).sample(prompts(), seeds(), Sampling(NEW))
+    for ours, theirs in zip(rows, expected, strict=True):
+        assert_same(ours, theirs)
+
+
 def test_answers_stop_at_different_lengths_here() -> None:
     """What makes the other tests worth something: rows finish early, late, and not at all."""
     rows = TorchSampler(policy(), STOP).sample(prompts(), seeds(), Sampling(NEW))

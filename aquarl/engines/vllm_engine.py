@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -201,6 +202,7 @@ def _start(shape: Shape, rows: int, is_cpu: bool, dtype: torch.dtype) -> Any:
     }
     # What must be free to start; the cache's size is its own.
     on_gpu = {"gpu_memory_utilization": 0.01}
+    _let_numba_be_searched()
     with TemporaryDirectory() as folder, _own_preload():
         Path(folder, "config.json").write_text(json.dumps(config))
         return LLM(
@@ -227,6 +229,14 @@ def _own_preload() -> Iterator[None]:
         yield
     finally:
         os.environ["LD_PRELOAD"] = before
+
+
+def _let_numba_be_searched() -> None:
+    """vLLM's CPU build looks into everything that any module holds, for kernels to replace. The
+    library under Numba, which our loops have loaded, answers to every name with a function of C's,
+    to `__dict__` too, and vLLM trips over it."""
+    if (ffi := sys.modules.get("llvmlite.binding.ffi")) is not None:
+        ffi.lib._fntab["__dict__"] = {}
 
 
 def require_vllm() -> None:

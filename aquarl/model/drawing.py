@@ -14,6 +14,7 @@ from torch import Tensor
 from aquarl.model.gpt import SOFT_CAP
 from aquarl.model.head import COLDEST
 from aquarl.model.loops import compiled, exp, over_rows, squashed
+from aquarl.model.modes import has_loops
 from aquarl.records import Sampling
 
 TOKENS_TOGETHER = 32
@@ -35,7 +36,7 @@ def draw(raw_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor
         uniforms_B: (B,) in [0, 1).
         sampling: Temperature 0 takes the likeliest token and gives its logprob at temperature 1.
     """
-    if raw_BV.is_cuda or not is_inverted(sampling):
+    if not (has_loops(raw_BV) and is_inverted(sampling)):
         return draw_from_any((2 * raw_BV.float().sigmoid() - 1) * SOFT_CAP, uniforms_B, sampling)
     raw_BV = raw_BV.float()
     ids_B = torch.empty(len(raw_BV), dtype=torch.long)
