@@ -53,14 +53,27 @@ def test_what_is_no_number_stays_none() -> None:
     assert found[0].isnan() and sigmoids[0].isnan()
 
 
+def test_a_loop_is_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = loops.numba.njit
+
+    def nowhere(*given: Any, cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*given, **options)
+
+    monkeypatch.setattr(loops.numba, "njit", nowhere)
+    count = torch.zeros(3, 1)
+    loops.over_rows(loops.compiled(_count), 3, count)
+    assert count.all()
+
+
 def test_threads_share_all_rows_and_take_none_twice(threads: None) -> None:
     count = torch.zeros(7, 1)
-    loops.over_rows(_counting, 7, count)
+    loops.over_rows(loops.compiled(_count), 7, count)
     assert count.flatten().tolist() == [1.0] * 7
 
 
-@loops.compiled
-def _counting(first: int, stop: int, count: Any) -> None:
+def _count(first: int, stop: int, count: Any) -> None:
     for n in range(first, stop):
         count[n, 0] += np.float32(1)
 
