@@ -6,7 +6,7 @@ CPU spends its time on many small operations and on reading caches, and a GPU on
 
 - Queries, keys and values come from one product, residuals are added by a product, the embedding
   is normalised beforehand, and the dimensions that turn together stand together
-  (`gpt.interleaved`). What stands between two products is one loop, compiled (`kernels_cpu.py`).
+  (`gpt.interleaved`). What stands between two products is one compiled loop (`model/loops.py`).
 - Scores are bounded, so their exponentials need no maximum (`model/packed.py`). A column of ones
   beside a prompt's values adds them up. What is not to be seen has values, and a one, of zero: so
   there is no mask and no second sum.
@@ -28,10 +28,11 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from aquarl.engines import kernels_cpu as kernels
+from aquarl.model import loops
 from aquarl.model.attention import Continuation, Prefix
 from aquarl.model.gpt import GPT, Block, interleaved, norm
 from aquarl.model.head import squashed_logits
+from aquarl.model.loops import eps_of, over_rows
 from aquarl.model.modes import has_loops
 
 
@@ -167,34 +168,33 @@ class Decoding:
     def step(self, ids_B: Tensor) -> Tensor:
         x_BD = self.decoder.embedding_VD.index_select(0, ids_B)
         for number, layer in enumerate(self.decoder.layers):
-            y_BD = self._attend(number, kernels.norm(x_BD) @ layer.qkv_XD.T)
+            y_BD = self._attend(number, _normed(x_BD) @ layer.qkv_XD.T)
             x_BD = torch.addmm(x_BD, y_BD, layer.out_DD.T)
-            wide_BF = kernels.squared_relu_(kernels.norm(x_BD) @ layer.wide_FD.T)
-            x_BD = torch.addmm(x_BD, wide_BF, layer.narrow_DF.T)
+            wide_BF = _normed(x_BD) @ layer.wide_FD.T
+            squared_BF = torch.empty_like(wide_BF)
+            over_rows(loops.squared_relu, len(x_BD), wide_BF, squared_BF)
+            x_BD = torch.addmm(x_BD, squared_BF, layer.narrow_DF.T)
         self.length += 1
-        return kernels.norm(x_BD)
+        return _normed(x_BD)
 
     def _attend(self, number: int, qkv_BX: Tensor) -> Tensor:
         """Put the position's key and value into a layer's cache; return what its query finds."""
         shape, P, G = self.decoder.shape, self.P, self.G
         J, K = shape.kv_heads, shape.head_width
-        R = shape.heads // J
-        keys_TAK, values_TAK = self.cache[number]
-        q_PJGRK, q_ARK = qkv_BX.new_empty(P, J, G, R, K), qkv_BX.new_empty(P * G * J, R, K)
-        at = self.length
-        kernels.turned_heads(
-            qkv_BX, self.turns_TPU2[at], q_PJGRK, q_ARK, keys_TAK[at], values_TAK[at]
-        )
-        found_PJGRW = q_PJGRK.new_empty(P, J, G, R, K + 1)
+        R, A = shape.heads // J, P * G * J
+        keys_TAK, values_TAK = (x[: self.length + 1] for x in self.cache[number])
+        q_PJGRK, q_ARK = qkv_BX.new_empty(P, J, G, R, K), qkv_BX.new_empty(A, R, K)
+        given = qkv_BX.view(P, G, -1, K), self.turns_TPU2[self.length], eps_of(qkv_BX)
+        over_rows(loops.next_heads, P, *given, q_PJGRK, q_ARK, keys_TAK[-1], values_TAK[-1])
+
+        found_PJGRW = qkv_BX.new_empty(P, J, G, R, K + 1)
         start = 0
         for part in self.prompts:
-            rows = slice(start, start + part.count)
-            part.attend(
-                number, q_PJGRK[rows].view(-1, G * R, K), found_PJGRW[rows].view(-1, G * R, K + 1)
-            )
+            q, found = (x[start : start + part.count] for x in (q_PJGRK, found_PJGRW))
+            part.attend(number, q.view(-1, G * R, K), found.view(-1, G * R, K + 1))
             start += part.count
         y_ARK = torch.empty_like(q_ARK)
-        kernels.attend(q_ARK, keys_TAK[: at + 1], values_TAK[: at + 1], found_PJGRW, y_ARK)
+        over_rows(loops.attend(R, K), A, q_ARK, keys_TAK, values_TAK, found_PJGRW, y_ARK)
         return y_ARK.view(P * G, -1)
 
 
@@ -221,9 +221,13 @@ class SharedPrompts:
 
     def attend(self, number: int, q: Tensor, out: Tensor) -> None:
         """Write the unnormalised sums over the prompts, and of the weights, to `out`."""
-        torch.bmm(weights(q, self.keys[number]), self.values[number], out=out)
+        # By rows of keys, which takes two thirds of the time.
+        weights = torch.bmm(self.keys[number], q.transpose(1, 2)).exp_()
+        torch.bmm(weights.transpose(1, 2), self.values[number], out=out)
 
 
-def weights(q_ARK: Tensor, k_ASK: Tensor) -> Tensor:
-    """Return exp(q k^T) as (A, R, S): by rows of keys, which takes two thirds of the time."""
-    return torch.bmm(k_ASK, q_ARK.transpose(1, 2)).exp_().transpose(1, 2)
+def _normed(x_BD: Tensor) -> Tensor:
+    """`gpt.norm` without what training needs."""
+    y_BD, scales_B = torch.empty_like(x_BD), x_BD.new_empty(len(x_BD))
+    over_rows(loops.norm, len(x_BD), x_BD, eps_of(x_BD), y_BD, scales_B)
+    return y_BD

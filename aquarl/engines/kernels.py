@@ -17,7 +17,7 @@ prompt's once for all answers where the GPU's cache holds them.
 
 Shapes: see `decoder.py`; C groups of `TOGETHER` tokens.
 Source: softmax without a maximum as in `model/packed.py`; inverting the distribution in two steps
-as in `drawing.py`.
+as in `model/loops.py`.
 """
 
 # Triton's types are its own, and its functions are no Python that a checker could follow.
@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquarl.model.drawing import TOKENS_TOGETHER as TOGETHER
 from aquarl.model.gpt import SOFT_CAP
+from aquarl.model.loops import TOGETHER
 from aquarl.model.shape import Shape
 
 KEYS_AT_ONCE, GROUPS_AT_ONCE, WIDE_AT_ONCE = 16, 64, 1024

@@ -5,20 +5,15 @@ Draws by inverting the distribution function: one uniform number a token.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from aquarl.model import loops
 from aquarl.model.gpt import SOFT_CAP
 from aquarl.model.head import COLDEST
-from aquarl.model.loops import compiled, exp, over_rows, squashed
 from aquarl.model.modes import has_loops
 from aquarl.records import Sampling
-
-TOKENS_TOGETHER = 32
-"""Where a token is drawn from: first among sums over so many, then among these."""
 
 
 def is_inverted(sampling: Sampling) -> bool:
@@ -42,37 +37,8 @@ def draw(raw_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor
     ids_B = torch.empty(len(raw_BV), dtype=torch.long)
     logprobs_B = torch.empty(len(raw_BV))
     cap = SOFT_CAP / sampling.temperature
-    over_rows(_draw, len(raw_BV), raw_BV, uniforms_B, np.float32(cap), ids_B, logprobs_B)
+    loops.over_rows(loops.draw, len(raw_BV), raw_BV, uniforms_B, np.float32(cap), ids_B, logprobs_B)
     return ids_B, logprobs_B
-
-
-@compiled
-def _draw(
-    first: int, stop: int, raw_BV: Any, uniforms_B: Any, cap: Any, ids_B: Any, logprobs_B: Any
-) -> None:
-    V = raw_BV.shape[1]
-    sums_C = np.empty((V + TOKENS_TOGETHER - 1) // TOKENS_TOGETHER, np.float32)
-    two = np.float32(2)
-    for b in range(first, stop):
-        chances_V = raw_BV[b]
-        for v in range(V):
-            chances_V[v] = exp(two * cap * squashed(chances_V[v]) - cap)
-        total = np.float32(0)
-        for c in range(len(sums_C)):
-            sums_C[c] = 0
-            for v in range(c * TOKENS_TOGETHER, min((c + 1) * TOKENS_TOGETHER, V)):
-                sums_C[c] += chances_V[v]
-            total += sums_C[c]
-        threshold, below, c = uniforms_B[b] * total, np.float32(0), 0
-        # Rounding may let the last sum fall short of the threshold.
-        while c < len(sums_C) - 1 and below + sums_C[c] <= threshold:
-            below += sums_C[c]
-            c += 1
-        v = c * TOKENS_TOGETHER
-        while v < min((c + 1) * TOKENS_TOGETHER, V) - 1 and below + chances_V[v] <= threshold:
-            below += chances_V[v]
-            v += 1
-        ids_B[b], logprobs_B[b] = v, np.log(chances_V[v] / total)
 
 
 def draw_from_any(
