@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-from aquarl.model import gpt, head, loops, modes
+from aquarl.model import fused_cpu, gpt, head, loops, modes
 from aquarl.model.gpt import GPT
 from aquarl.model.head import token_logprobs
 from aquarl.model.packed import Packed
+from aquarl.model.shape import Shape
 from tests.fakes import random_ids, random_model
 
 SHAPES = [  # heads of width 8, of 12, and shared keys
@@ -68,7 +72,10 @@ def test_a_loop_is_compiled_where_nothing_can_be_kept(monkeypatch: pytest.Monkey
     assert count.all()
 
 
-def test_threads_share_all_rows_and_take_none_twice(threads: None) -> None:
+def test_threads_share_all_rows_and_take_none_twice(
+    threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loops, "NUMBERS_A_THREAD", 1)
     count = torch.zeros(7, 1)
     loops.over_rows(loops.compiled(_count), 7, count)
     assert count.flatten().tolist() == [1.0] * 7
@@ -84,6 +91,7 @@ def _count(first: int, stop: int, count: Any) -> None:
 def test_hidden_states_logprobs_and_gradients_are_those_of_torchs_operations(
     shape: dict[str, int], dtype: torch.dtype, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loops, "NUMBERS_A_THREAD", 1)
     model = random_model(**shape).to(dtype)
     with_loops = _taken(model)
     for module in (gpt, head):
@@ -120,3 +128,44 @@ def test_loops_are_for_what_a_cpu_computes_in_and_not_while_a_compiler_looks_on(
     assert not modes.has_loops(torch.empty(2, 3, device="meta"))
     compiled = torch.compile(gpt.norm, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(torch.ones(2, 3)), torch.ones(2, 3))
+
+
+def test_a_process_waits_while_another_one_compiles() -> None:
+    """Numba's files have no lock of their own."""
+    assert loops.FOLDER is not None
+    with FileLock(Path(loops.FOLDER, "loops.lock")):
+        thread = Thread(target=_compile_something, daemon=True)
+        thread.start()
+        thread.join(timeout=1.0)
+        assert thread.is_alive()
+    thread.join(timeout=60.0)
+    assert not thread.is_alive()
+
+
+def _compile_something() -> None:
+    x = torch.zeros(1)
+    loops.over_rows(numba.njit(_nothing), 1, x)
+
+
+def _nothing(first: int, stop: int, x: Any) -> None:
+    pass
+
+
+def test_gradients_may_lie_anyhow_and_tokens_must_be_of_the_vocabulary() -> None:
+    raw_CV = torch.randn(4, 8)
+    for beyond in (8, -1):
+        with pytest.raises(IndexError, match="none of the vocabulary's 8"):
+            fused_cpu.look_(raw_CV, torch.tensor([0, 1, 2, beyond]), 15.0, 4.0)
+    shape = Shape(vocab=8, layers=1, width=16, heads=2, kv_heads=1, context=4)
+    turns = gpt.rotary_turns(5, 8)[:, None].double()
+    qkv_BTX = torch.randn(1, 5, 32, dtype=torch.float64, requires_grad=True)
+    slopes = [torch.randn(1, heads, 5, 8, dtype=torch.float64) for heads in (2, 1, 1)]
+    found = []
+    for way in (lambda x: x, Tensor.contiguous):
+        out = fused_cpu.turned_heads(qkv_BTX, turns, shape)
+        strided = [way(x.transpose(1, 2)) for x in slopes]
+        found.append(torch.autograd.grad(out, qkv_BTX, strided)[0])
+    torch.testing.assert_close(found[0], found[1])
+    assert torch.autograd.gradcheck(
+        lambda x: fused_cpu.turned_heads(x, turns, shape), qkv_BTX, atol=1e-6
+    )

@@ -140,11 +140,10 @@ class Decoding:
         """Positions of the answers that are in the cache already."""
         positions_TP = torch.arange(room)[:, None] + lengths_P
         self.turns_TPU2 = decoder.model.turns[positions_TP]
-        J, K = decoder.shape.kv_heads, decoder.shape.head_width
-        size = room, self.P * G * J, K
+        size = room, self.P * G, decoder.shape.kv_heads * decoder.shape.head_width
         new = decoder.embedding_VD.new_empty
         self.cache = [(new(size), new(size)) for _ in decoder.layers]
-        """Keys and values (T, A, K) of each layer."""
+        """Keys and values (T, B, J * K) of each layer."""
 
     def keep(self, prompts: Tensor, answers_PG: Tensor) -> None:
         start = 0
@@ -154,16 +153,16 @@ class Decoding:
             part.keep(prompts[is_here] - (start - part.count))
         self.prompts = [part for part in self.prompts if part.count]
         rows_B = (prompts[:, None] * self.G + answers_PG).flatten()
-        self.cache = [(self._kept(k, rows_B), self._kept(v, rows_B)) for k, v in self.cache]
+        for number, (keys, values) in enumerate(self.cache):
+            self.cache[number] = self._kept(keys, rows_B), self._kept(values, rows_B)
         self.P, self.G = answers_PG.shape
         self.turns_TPU2 = self.turns_TPU2[:, prompts]
 
-    def _kept(self, old_TAK: Tensor, rows_B: Tensor) -> Tensor:
-        in_use_TBJK = old_TAK[: self.length].unflatten(1, (self.P * self.G, -1))
-        kept_TAK = in_use_TBJK[:, rows_B].flatten(1, 2)
-        room_TAK = old_TAK.new_empty(self.room, *kept_TAK.shape[1:])
-        room_TAK[: self.length] = kept_TAK
-        return room_TAK
+    def _kept(self, old: Tensor, rows_B: Tensor) -> Tensor:
+        """Return these rows of a cache, with the same room."""
+        new = old.new_empty(self.room, len(rows_B), old.shape[2])
+        torch.index_select(old[: self.length], 1, rows_B, out=new[: self.length])
+        return new
 
     def step(self, ids_B: Tensor) -> Tensor:
         x_BD = self.decoder.embedding_VD.index_select(0, ids_B)
@@ -182,7 +181,8 @@ class Decoding:
         shape, P, G = self.decoder.shape, self.P, self.G
         J, K = shape.kv_heads, shape.head_width
         R, A = shape.heads // J, P * G * J
-        keys_TAK, values_TAK = (x[: self.length + 1] for x in self.cache[number])
+        T = self.length + 1
+        keys_TAK, values_TAK = (x[:T].view(T, A, K) for x in self.cache[number])
         q_PJGRK, q_ARK = qkv_BX.new_empty(P, J, G, R, K), qkv_BX.new_empty(A, R, K)
         given = qkv_BX.view(P, G, -1, K), self.turns_TPU2[self.length], eps_of(qkv_BX)
         over_rows(loops.next_heads, P, *given, q_PJGRK, q_ARK, keys_TAK[-1], values_TAK[-1])

@@ -202,7 +202,8 @@ def _start(shape: Shape, rows: int, is_cpu: bool, dtype: torch.dtype) -> Any:
     }
     # What must be free to start; the cache's size is its own.
     on_gpu = {"gpu_memory_utilization": 0.01}
-    _let_numba_be_searched()
+    if is_cpu:
+        _let_numba_be_searched()
     with TemporaryDirectory() as folder, _own_preload():
         Path(folder, "config.json").write_text(json.dumps(config))
         return LLM(

@@ -4,7 +4,7 @@ causal            a row sees itself up to here: training on whole rows
 WithinDocuments   the same, but never across the documents packed into a row
 Prefix            causal, and remembers every layer's keys and values: the prompts
 Continuation      rows that go on from a shared prefix: answers, token by token, of `serve.chat`
-                  (the engines have `engines.decoder`)
+                  and of GPUs without kernels (else `engines.decoder`)
 
 The G answers of a prompt share its keys and values without a copy: their queries are folded into
 one long row per prompt (bifurcated attention, arXiv:2403.08845 section 4). The learner, which has

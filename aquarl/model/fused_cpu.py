@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from aquarl.model import loops
 from aquarl.model.loops import eps_of, over_rows
@@ -30,6 +31,8 @@ def look_(raw_CV: Tensor, ids_C: Tensor, cap: float, scale: float) -> tuple[Tens
         raw_CV: From `head.squashed_logits`: with s its sigmoid, (2 s - 1) * cap is the logit.
         scale: By what the slope of the sigmoid is multiplied.
     """
+    if len(ids_C) and not 0 <= int(ids_C.min()) <= int(ids_C.max()) < raw_CV.shape[1]:
+        raise IndexError(f"a token is none of the vocabulary's {raw_CV.shape[1]}")
     logprobs_C, entropies_C = raw_CV.new_empty(2, len(raw_CV))
     numbers = raw_CV.new_tensor([cap, scale])
     over_rows(loops.look, len(raw_CV), raw_CV, ids_C, numbers, logprobs_C, entropies_C)
@@ -66,12 +69,9 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, y_grad: Tensor) -> Tensor:
-        y, scales = ctx.saved_tensors
-        out, y_grad = torch.empty_like(y), y_grad.contiguous()
-        given = _rows(y_grad), _rows(y), scales.view(-1)
-        over_rows(loops.norm_back, scales.numel(), *given, _rows(out))
-        return out
+        return _norm_back(ctx, y_grad)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -84,8 +84,9 @@ class _AddNorm(torch.autograd.Function):
         return total, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, total_grad: Tensor, y_grad: Tensor) -> tuple[Tensor, Tensor]:
-        grad = _Norm.backward(ctx, y_grad).add_(total_grad)
+        grad = _norm_back(ctx, y_grad).add_(total_grad)
         return grad, grad
 
 
@@ -106,12 +107,13 @@ class _TurnedHeads(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         q, k, turns_Nu2, scales = ctx.saved_tensors
         B, T, H, K = q.shape
         J = k.shape[2]
         qkv_BTX = q.new_empty(B, T, (H + 2 * J) * K)
-        given = [x.reshape(B * T, -1, K) for x in (*grads, q, k)]
+        given = [x.reshape(B * T, -1, K).contiguous() for x in (*grads, q, k)]
         over_rows(loops.heads_back, B * T, *given, turns_Nu2, scales, qkv_BTX.view(B * T, -1, K))
         return qkv_BTX, None, None
 
@@ -128,11 +130,20 @@ class SquaredReLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         out, grad = torch.empty_like(x), grad.contiguous()
         over_rows(loops.squared_relu_back, len(_rows(x)), _rows(grad), _rows(x), _rows(out))
         return out
+
+
+def _norm_back(ctx: Any, y_grad: Tensor) -> Tensor:
+    y, scales = ctx.saved_tensors
+    out, y_grad = torch.empty_like(y), y_grad.contiguous()
+    given = _rows(y_grad), _rows(y), scales.view(-1)
+    over_rows(loops.norm_back, scales.numel(), *given, _rows(out))
+    return out
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class _Chunk:
     ):
         self.ids_C1, self.temperature = ids_C[:, None], temperature
         wide = torch.promote_types(hidden_CD.dtype, torch.float32)
-        # tanh(x) is 2 sigmoid(2 x) - 1, which a CPU computes in a third of the time.
+        # tanh(x) is 2 sigmoid(2 x) - 1, and the sigmoid's slope is at hand.
         self.squashed_CV = squashed_logits(hidden_CD, weight_VD, room_CV).to(wide).sigmoid_()
         cap = SOFT_CAP / temperature
         self.logits_CV = torch.add(

@@ -11,9 +11,10 @@ squared_relu, ...    of the MLP's wide side
 next_heads, attend   the heads of one position of many rows, and what its queries find
 draw                 logits in, a token of each row out
 
-A loop is compiled at its first call, which takes a second or two, and kept beside this file until
-this file changes: therefore all of them are in it. Sums may be added up in any order, so that a
-loop becomes vector instructions; no lock of Python's is held, so that threads can share the rows.
+A loop is compiled at its first call, which takes a second or two, and kept on disk, beside this
+file if that can be, until this file changes: therefore all of them are in it. Sums may be added up
+in any order, so that a loop becomes vector instructions; no lock of Python's is held, so that
+threads can share the rows.
 
 Shapes: N rows of any kind, U = K / 2 pairs of a head; else see `head.py`, `gpt.py`, `decoder.py`.
 """
@@ -27,14 +28,18 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numba import types
+from numba.core import event
 from numba.extending import overload
 from torch import Tensor
 
@@ -44,6 +49,12 @@ OPTIONS = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
 
 TOGETHER = 32
 """Tokens of a group: one is drawn first among the groups' sums, then within its group."""
+
+NUMBERS_A_THREAD = 1 << 16
+"""So many of the largest array, or more, are worth waking a thread for."""
+
+PATIENCE_S = 60.0
+"""For another process that compiles."""
 
 LARGEST = np.float32(60)
 """Beyond, a sigmoid does not change any more, and e^x soon leaves fp32."""
@@ -58,6 +69,8 @@ def over_rows(loop: Callable[..., None], rows: int, *given: Any) -> None:
     """
     arrays = [x.detach().numpy() if isinstance(x, Tensor) else x for x in given]
     threads = min(torch.get_num_threads(), rows)
+    if threads > 1:
+        threads = min(threads, 1 + max(x.size for x in arrays) // NUMBERS_A_THREAD)
     if threads <= 1:
         loop(0, rows, *arrays)
         return
@@ -90,6 +103,21 @@ def compiled(loop: Callable[..., None]) -> Callable[..., None]:
 
 part = numba.njit(inline="always", **OPTIONS)
 """Of a loop."""
+
+
+class _OneProcess(event.Listener):
+    """Let one process at a time compile, or look for what was compiled. Numba locks none of its
+    files: of two that write at once, one's code would be found under the other's name."""
+
+    def __init__(self, folder: str) -> None:
+        self._lock = FileLock(Path(folder, "loops.lock"))
+
+    def on_start(self, event: Any) -> None:
+        with suppress(Timeout, OSError):
+            self._lock.acquire(timeout=PATIENCE_S)
+
+    def on_end(self, event: Any) -> None:
+        self._lock.release()
 
 
 def exp(x: Any) -> Any:
@@ -246,7 +274,7 @@ def next_heads(first, stop, qkv_PGXK, turns_PU2, eps, q_PJGRK, q_ARK, k_AK, v_AK
     the same prompt, and to those of their own row."""
     _, J, G, R, K = q_PJGRK.shape
     one = qkv_PGXK.dtype.type(1)
-    shrink = one / np.sqrt(one * K)
+    shrink = one / np.sqrt(qkv_PGXK.dtype.type(K))
     for p in range(first, stop):
         for g in range(G):
             for j in range(J):
@@ -331,3 +359,9 @@ def draw(first, stop, raw_BV, uniforms_B, cap, ids_B, logprobs_B):
             below += chances_V[v]
             v += 1
         ids_B[b], logprobs_B[b] = v, np.log(chances_V[v] / total)
+
+
+FOLDER = draw.stats.cache_path
+"""Where loops are kept; None for nowhere."""
+if FOLDER is not None:
+    event.register("numba:compiler_lock", _OneProcess(FOLDER))
