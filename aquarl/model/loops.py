@@ -12,9 +12,12 @@ next_heads, attend   the heads of one position of many rows, and what its querie
 draw                 logits in, a token of each row out
 
 A loop is compiled at its first call, which takes a second or two, and kept on disk, beside this
-file if that can be, until this file changes: therefore all of them are in it. Sums may be added up
-in any order, so that a loop becomes vector instructions; no lock of Python's is held, so that
-threads can share the rows.
+file if that can be, until this file changes: therefore all of them are in it. No lock of Python's
+is held, so that threads can share the rows.
+
+Bit for bit the same, wherever tensors lie: a loop that stores is compiled twice, as vector
+instructions and not, and where two arrays lie closely together the second is taken. So only sums,
+which store nothing, may be added up in another order than is written.
 
 Shapes: N rows of any kind, U = K / 2 pairs of a head; else see `head.py`, `gpt.py`, `decoder.py`.
 """
@@ -43,9 +46,9 @@ from numba.core import event
 from numba.extending import overload
 from torch import Tensor
 
-FAST = {"reassoc", "contract", "arcp", "nsz"}
-"""What may be done to sums and products. Infinities and NaNs stay what they are."""
-OPTIONS = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
+OPTIONS = {"nogil": True, "error_model": "numpy"}
+FAST = {"reassoc", "contract", "nsz"}
+"""What may be done to a sum. Infinities and NaNs stay what they are."""
 
 TOGETHER = 32
 """Tokens of a group: one is drawn first among the groups' sums, then within its group."""
@@ -103,6 +106,8 @@ def compiled(loop: Callable[..., None]) -> Callable[..., None]:
 
 part = numba.njit(inline="always", **OPTIONS)
 """Of a loop."""
+total = numba.njit(fastmath=FAST, **OPTIONS)
+"""Adds up, and stores nothing."""
 
 
 class _OneProcess(event.Listener):
@@ -125,7 +130,7 @@ def exp(x: Any) -> Any:
     return math.exp(x)
 
 
-@overload(exp, inline="always", jit_options={"fastmath": FAST})
+@overload(exp, inline="always")
 def _exp(x: Any) -> Any:
     return _exp_fp32 if x == types.float32 else exp
 
@@ -150,12 +155,25 @@ def sigmoid(x):
     return one / (one + exp(-min(max(x, -LARGEST), LARGEST)))
 
 
+@total
+def _sum(x_D):
+    found = x_D[0]
+    for d in range(1, len(x_D)):
+        found += x_D[d]
+    return found
+
+
+@total
+def _product(x_D, y_D):
+    found = x_D[0] * y_D[0]
+    for d in range(1, len(x_D)):
+        found += x_D[d] * y_D[d]
+    return found
+
+
 @part
 def _mean_product(x_D, y_D):
-    total = x_D[0] * y_D[0]
-    for d in range(1, len(x_D)):
-        total += x_D[d] * y_D[d]
-    return total / x_D.dtype.type(len(x_D))
+    return _product(x_D, y_D) / x_D.dtype.type(len(x_D))
 
 
 @part
@@ -181,17 +199,14 @@ def look(first, stop, raw_CV, ids_C, numbers, logprobs_C, entropies_C):
     weights_V = np.empty(V, raw_CV.dtype)
     for c in range(first, stop):
         squashed_V = raw_CV[c]
-        total, products = one - one, one - one
         for v in range(V):
             squashed_V[v] = sigmoid(squashed_V[v])
-            logit = (squashed_V[v] + squashed_V[v]) * cap - cap
-            weights_V[v] = exp(logit)
-            total += weights_V[v]
-            products += weights_V[v] * logit
+            weights_V[v] = exp((squashed_V[v] + squashed_V[v]) * cap - cap)
+        total, products = _sum(weights_V), _product(weights_V, squashed_V)
         chosen = squashed_V[ids_C[c]]
         logsum = np.log(total)
         logprobs_C[c] = (chosen + chosen) * cap - cap - logsum
-        entropies_C[c] = logsum - products / total
+        entropies_C[c] = logsum - ((products + products) / total - one) * cap
         share = scale / total
         for v in range(V):
             squashed_V[v] *= (squashed_V[v] - one) * weights_V[v] * share
@@ -314,10 +329,7 @@ def attend(R: int, K: int) -> Callable[..., None]:
         for t in range(len(k_TAK)):
             for n in range(stop - first):
                 for r in range(R):
-                    score = q_ARK.dtype.type(0)
-                    for i in range(K):
-                        score += q_ARK[first + n, r, i] * k_TAK[t, first + n, i]
-                    weights_NR[n, r] = score
+                    weights_NR[n, r] = _product(q_ARK[first + n, r], k_TAK[t, first + n])
             for n in range(stop - first):
                 for r in range(R):
                     weights_NR[n, r] = exp(weights_NR[n, r])
@@ -345,9 +357,7 @@ def draw(first, stop, raw_BV, uniforms_B, cap, ids_B, logprobs_B):
             chances_V[v] = exp((squashed + squashed) * cap - cap)
         total = np.float32(0)
         for c in range(len(sums_C)):
-            sums_C[c] = 0
-            for v in range(c * TOGETHER, min((c + 1) * TOGETHER, V)):
-                sums_C[c] += chances_V[v]
+            sums_C[c] = _sum(chances_V[c * TOGETHER : min((c + 1) * TOGETHER, V)])
             total += sums_C[c]
         # Rounding may let the last sum fall short of the threshold: then it is the last token.
         threshold, below, c = uniforms_B[b] * total, np.float32(0), 0
