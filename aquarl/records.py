@@ -7,10 +7,10 @@ width, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -93,6 +93,9 @@ class Lease:
 
     `seeds[p][g]` belongs to rollout g of prompt p, so a lease that is issued again gives the same
     rollouts from the same weights, whoever holds it.
+
+    A lease of the training is given without prompts and seeds: who samples makes them, by
+    `rl.prompts.PromptSource.filled`.
     """
 
     id: int
@@ -107,6 +110,11 @@ class Lease:
     attempt: int = 0
     deaths: int = 0
     """Of workers that held it."""
+    positions: range = range(0)
+    """Of its prompts in the training; an evaluation has none."""
+
+    def __len__(self) -> int:
+        return len(self.positions) or len(self.prompts)
 
 
 @dataclass(frozen=True)
@@ -120,42 +128,14 @@ class Rollout:
     """False: cut by length."""
     versions: tuple[int, ...] = ()
     """Weights version of each token, where they changed on the way; else empty: the group's."""
-    text: str = ""
     letter: str | None = None
     """What the answer committed to, by `tasks.grading.committed_letter`."""
     reward: float = 0.0
 
 
-class Glance(NamedTuple):
-    """What can be seen of a group without opening its answers; a value for each of them."""
-
-    rewards: tuple[float, ...]
-    letters: tuple[str | None, ...]
-    lengths: tuple[int, ...]
-    """Tokens."""
-    stopped: tuple[bool, ...]
-    tokens_of_version: dict[int, int]
-    """How many tokens were sampled with which weights."""
-
-
-class Packed(NamedTuple):
-    """The rest of a group's answers, one after the other."""
-
-    ids: bytes
-    """int32"""
-    logprobs: bytes
-    """float32"""
-    versions: tuple[tuple[int, ...], ...]
-    texts: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class RolloutGroup:
-    """All answers to one prompt of a lease, scored and compared with one another.
-
-    It travels packed, and is opened by who first looks at its `rollouts`: the learner. The stream
-    on the way needs but its `glance`, and carries more groups for it.
-    """
+    """All answers to one prompt of a lease, scored and compared with one another."""
 
     lease_id: int
     index: int
@@ -174,66 +154,141 @@ class RolloutGroup:
     sampled: tuple[float, float] = (0.0, 0.0)
     """When the sampling of the lease began and ended: Unix seconds, by its worker's clock."""
 
-    @cached_property
-    def glance(self) -> Glance:
-        tokens: dict[int, int] = {}
-        for rollout in self.rollouts:
-            for version in rollout.versions:
-                tokens[version] = tokens.get(version, 0) + 1
-            if not rollout.versions:
-                tokens[self.weights_version] = tokens.get(self.weights_version, 0) + len(
-                    rollout.ids
+
+TOKEN = np.dtype([("id", "i4"), ("logprob", "f4")])
+ANSWER = np.dtype(
+    [("length", "i4"), ("stopped", "?"), ("letter", "U1"), ("reward", "f8"), ("advantage", "f8")]
+)
+
+
+@dataclass(frozen=True)
+class LeaseResult:
+    """All groups of a lease on their way from worker to learner, as arrays.
+
+    The stream between them reads what it needs and passes them on; Ray moves them without a copy.
+    """
+
+    lease_id: int
+    step: int
+    weights_version: int
+    worker: str
+    sample_s: float
+    fetch_s: float
+    sampled: tuple[float, float]
+    """These, from the lease on, are each group's."""
+    index_P: tuple[int, ...]
+    asked_P: tuple[tuple[str, str, str], ...]
+    """Of each prompt its problem, the letters of that, and the right one."""
+    prompt_lengths_P: np.ndarray
+    prompt_ids_N: np.ndarray
+    """int32, one prompt after the other."""
+    answers_PG: np.ndarray
+    """`ANSWER`"""
+    tokens_M: np.ndarray
+    """`TOKEN`, one answer after the other."""
+    newer_M: np.ndarray
+    """uint8: how many versions of the weights each token is newer than `weights_version`; empty
+    where they did not change on the way."""
+
+    def __len__(self) -> int:
+        return len(self.index_P)
+
+    @property
+    def is_uniform_P(self) -> np.ndarray:
+        """Whether all rewards of a group are equal: it has nothing to teach."""
+        rewards_PG = self.answers_PG["reward"]
+        same: np.ndarray = (rewards_PG == rewards_PG[:, :1]).all(axis=1)
+        return same
+
+    @classmethod
+    def of(cls, groups: Sequence[RolloutGroup]) -> LeaseResult:
+        """Return the result of a lease with these groups, at least one, of as many answers each."""
+        first = groups[0]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        tokens_M = np.empty(sum(len(rollout.ids) for rollout in rollouts), TOKEN)
+        tokens_M["id"] = [i for rollout in rollouts for i in rollout.ids]
+        tokens_M["logprob"] = [x for rollout in rollouts for x in rollout.logprobs]
+        newer = [
+            version - first.weights_version
+            for rollout in rollouts
+            if any(rollout.versions for rollout in rollouts)
+            for version in rollout.versions or (first.weights_version,) * len(rollout.ids)
+        ]
+        answers = [
+            (len(rollout.ids), rollout.stopped, rollout.letter or "", rollout.reward, advantage)
+            for group in groups
+            for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+        ]
+        return cls(
+            **{name: getattr(first, name) for name in _OF_ALL},
+            index_P=tuple(group.index for group in groups),
+            asked_P=tuple(
+                (group.prompt.problem_id, group.prompt.letters, group.prompt.answer_letter)
+                for group in groups
+            ),
+            prompt_lengths_P=np.array([len(group.prompt.ids) for group in groups]),
+            prompt_ids_N=np.array([i for group in groups for i in group.prompt.ids], np.int32),
+            answers_PG=np.array(answers, ANSWER).reshape(len(groups), len(first.rollouts)),
+            tokens_M=tokens_M,
+            newer_M=np.array(newer, np.uint8),
+        )
+
+    def groups(self) -> Iterator[RolloutGroup]:
+        """Yield what this was made of: log-probabilities as the float32 values they are."""
+        about = {name: getattr(self, name) for name in _OF_ALL}
+        prompts = _cut(self.prompt_ids_N, self.prompt_lengths_P)
+        lengths_B = self.answers_PG["length"].flatten()
+        ids, logprobs = (_cut(self.tokens_M[name], lengths_B) for name in ("id", "logprob"))
+        newer = _cut(self.newer_M, lengths_B)  # none of each, where there are none
+        for p, (problem, letters, right) in enumerate(self.asked_P):
+            rollouts, advantages = [], []
+            for _, stopped, letter, reward, advantage in self.answers_PG[p].tolist():
+                newer_T = next(newer)
+                versions = tuple(self.weights_version + n for n in newer_T) if any(newer_T) else ()
+                rollouts.append(
+                    Rollout(next(ids), next(logprobs), stopped, versions, letter or None, reward)
                 )
-        return Glance(
-            tuple(rollout.reward for rollout in self.rollouts),
-            tuple(rollout.letter for rollout in self.rollouts),
-            tuple(len(rollout.ids) for rollout in self.rollouts),
-            tuple(rollout.stopped for rollout in self.rollouts),
-            tokens,
+                advantages.append(advantage)
+            prompt = Prompt(problem, next(prompts), letters, right)
+            yield RolloutGroup(
+                index=self.index_P[p],
+                prompt=prompt,
+                rollouts=tuple(rollouts),
+                advantages=tuple(advantages),
+                **about,
+            )
+
+    def only(self, places: Sequence[int]) -> LeaseResult:
+        """Return the result with some of its groups, by their order here."""
+        if list(places) == list(range(len(self))):
+            return self
+
+        def chosen(flat: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
+            parts_P = np.split(flat, lengths_P.cumsum()[:-1])
+            return np.concatenate([parts_P[p] for p in places])
+
+        tokens_P = self.answers_PG["length"].sum(axis=1)
+        return replace(
+            self,
+            index_P=tuple(self.index_P[p] for p in places),
+            asked_P=tuple(self.asked_P[p] for p in places),
+            prompt_lengths_P=self.prompt_lengths_P[list(places)],
+            prompt_ids_N=chosen(self.prompt_ids_N, self.prompt_lengths_P),
+            answers_PG=self.answers_PG[list(places)],
+            tokens_M=chosen(self.tokens_M, tokens_P),
+            newer_M=chosen(self.newer_M, tokens_P),
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what travels. Packed once, it is passed on as it is."""
-        state = dict(vars(self))
-        if "packed" not in state:
-            rollouts = state.pop("rollouts")
-            state["glance"] = self.glance
-            state["packed"] = Packed(
-                np.array([i for r in rollouts for i in r.ids], dtype=np.int32).tobytes(),
-                np.array([x for r in rollouts for x in r.logprobs], dtype=np.float32).tobytes(),
-                tuple(rollout.versions for rollout in rollouts),
-                tuple(rollout.text for rollout in rollouts),
-            )
-        return state
 
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """Open what has come packed."""
-            if name != "rollouts" or "packed" not in vars(self):
-                raise AttributeError(name)
-            vars(self)["rollouts"] = _opened(self.glance, vars(self).pop("packed"))
-            return self.rollouts
+_OF_ALL = "lease_id", "step", "weights_version", "worker", "sample_s", "fetch_s", "sampled"
 
 
-def _opened(glance: Glance, packed: Packed) -> tuple[Rollout, ...]:
-    ids = np.frombuffer(packed.ids, dtype=np.int32).tolist()
-    logprobs = np.frombuffer(packed.logprobs, dtype=np.float32).tolist()
-    rollouts, end = [], 0
-    for place, length in enumerate(glance.lengths):
+def _cut(flat: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    """Yield one part after the other, as Python numbers."""
+    numbers, end = flat.tolist(), 0
+    for length in lengths.tolist():
         start, end = end, end + length
-        rollouts.append(
-            Rollout(
-                tuple(ids[start:end]),
-                tuple(logprobs[start:end]),
-                glance.stopped[place],
-                packed.versions[place],
-                packed.texts[place],
-                glance.letters[place],
-                glance.rewards[place],
-            )
-        )
-    return tuple(rollouts)
+        yield tuple(numbers[start:end])
 
 
 class Sampler(Protocol):
@@ -265,14 +320,19 @@ class Sampler(Protocol):
 class StepShare:
     """What one learner rank gets for one step."""
 
-    groups: tuple[RolloutGroup, ...]
-    """This rank's, in the order of their leases."""
+    results: tuple[LeaseResult, ...]
+    """This rank's part of each, in the order of the leases."""
     tokens_in_step: int
     rollouts_in_step: int
     metrics: Metrics
     """About the whole step, the same on every rank."""
     is_padding: bool = False
     """Its one group is there for the exchange of gradients alone: it is not counted."""
+
+    @cached_property
+    def groups(self) -> tuple[RolloutGroup, ...]:
+        """This rank's, opened."""
+        return tuple(group for result in self.results for group in result.groups())
 
 
 @dataclass(frozen=True)

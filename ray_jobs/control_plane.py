@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import copy
 import json
 import os
 import pickle
@@ -23,6 +22,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,14 @@ from aquarl.config import Config, build_config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.model.shape import Shape
 from aquarl.observe.machine import cpu_model
-from aquarl.records import Lease, Rollout, RolloutGroup, Weights
+from aquarl.records import Lease, LeaseResult, Prompt, Rollout, RolloutGroup, Weights
 
-GROUP, LENGTH, LEASE = 16, 256, 8
-"""Answers a prompt, tokens an answer (its limit), prompts a lease: as in `ray_jobs/d20.toml`."""
-LARGE_LEASE = 32
+GROUP, LENGTH = 16, 256
+"""Answers a prompt, tokens an answer (its limit): as in `ray_jobs/d20.toml`."""
+LEASES = 8, 32, 128
+"""Prompts a lease; workers with an H100's pace have the smallest."""
+PROMPT = 120
+"""Tokens of a prompt."""
 STEP = 64
 """Prompts a step, at least; more where many workers would otherwise wait for the learner."""
 H100_GROUPS_PER_S = 1560 * 16 / (30 * 60) / 8
@@ -59,10 +62,11 @@ class Player:
 
     def __init__(self, stream: Any, lease_s: float, seed: int) -> None:
         self._stream, self._lease_s, self._rng = stream, lease_s, random.Random(seed)
-        self._groups = [made_up_group(self._rng) for _ in range(16)]
+        self._results: dict[int, LeaseResult] = {}
+        """Made up, by the prompts they are of: what a worker spends on one is its own."""
         self.lease_ms: list[float] = []
 
-    async def run(self, name: str) -> AsyncIterator[list[RolloutGroup]]:
+    async def run(self, name: str) -> AsyncIterator[LeaseResult]:
         await asyncio.sleep(self._rng.random() * self._lease_s)  # they do not start as one
         have = None
         while True:
@@ -76,41 +80,44 @@ class Player:
             have = offer.identity
             if lease.purpose == "train" and self._lease_s:
                 await asyncio.sleep(self._lease_s * self._rng.uniform(0.8, 1.2))
-            yield [self._group(lease, place, name) for place in range(len(lease.prompts))]
+            yield self._result(lease, name)
 
-    def _group(self, lease: Lease, place: int, name: str) -> RolloutGroup:
-        group = copy.copy(self._rng.choice(self._groups))  # packed already: that is a worker's work
-        vars(group).update(
+    def _result(self, lease: Lease, name: str) -> LeaseResult:
+        if len(lease) not in self._results:
+            self._results[len(lease)] = made_up_result(len(lease), self._rng)
+        return replace(
+            self._results[len(lease)],
             lease_id=lease.id,
-            index=place,
             step=lease.step,
-            prompt=lease.prompts[place],
             weights_version=lease.weights_version,
             worker=name,
             sample_s=time.time(),
         )
-        return group
 
     def seen(self) -> list[float]:
         seen, self.lease_ms = self.lease_ms, []
         return seen
 
 
-def made_up_group(rng: random.Random) -> RolloutGroup:
-    """Return a group of answers of full length, as it travels."""
-    rollouts = tuple(
-        Rollout(
-            tuple(rng.randrange(300, 65536) for _ in range(LENGTH)),
-            tuple(-rng.random() for _ in range(LENGTH)),
-            stopped=True,
-            text="".join(rng.choice("abcdefghij ") for _ in range(3 * LENGTH)),
-            letter="A",
-            reward=float(rng.random() < 0.5),
+def made_up_result(prompts: int, rng: random.Random) -> LeaseResult:
+    """Return the result of a lease whose answers are all of full length."""
+
+    def group(place: int) -> RolloutGroup:
+        rollouts = tuple(
+            Rollout(
+                tuple(rng.randrange(300, 65536) for _ in range(LENGTH)),
+                tuple(-rng.random() for _ in range(LENGTH)),
+                stopped=True,
+                letter="A",
+                reward=float(rng.random() < 0.5),
+            )
+            for _ in range(GROUP)
         )
-        for _ in range(GROUP)
-    )
-    group = RolloutGroup(0, 0, 0, None, rollouts, (0.5,) * GROUP, 0)  # type: ignore[arg-type]
-    return copy.copy(group)
+        ids = tuple(rng.randrange(300, 65536) for _ in range(PROMPT))
+        prompt = Prompt(f"train/{rng.randrange(10**5)}", ids, "ABCDE", "A")
+        return RolloutGroup(0, place, 0, prompt, rollouts, (0.5,) * GROUP, 0)
+
+    return LeaseResult.of([group(place) for place in range(prompts)])
 
 
 class PlayedStream(StreamActor):
@@ -131,9 +138,9 @@ class PlayedStream(StreamActor):
         self._spawn(self._consume(name, worker))
         return name
 
-    async def _accept(self, groups: Sequence[RolloutGroup]) -> None:
-        self.submit_ms.append(1000 * (time.time() - groups[0].sample_s))
-        await super()._accept(groups)
+    async def _accept(self, result: LeaseResult) -> None:
+        self.submit_ms.append(1000 * (time.time() - result.sample_s))
+        await super()._accept(result)
 
     async def seen(self) -> dict[str, Any]:
         """Return what has been measured since it was asked last."""
@@ -238,7 +245,7 @@ def measure(
 
 def group_mb() -> float:
     """Return the size of a group on its way."""
-    return len(pickle.dumps(made_up_group(random.Random(0)))) / 1e6
+    return len(pickle.dumps(made_up_result(LEASES[0], random.Random(0)))) / LEASES[0] / 1e6
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -255,10 +262,10 @@ def page(found: dict[str, Any]) -> str:
     """Return control_plane.md."""
     rows, goal = found["rows"], H100S * ROOM * H100_GROUPS_PER_S
     free = [row for row in rows if row["offered_per_s"] is None]
-    small, large = (
+    best = [
         max((x for x in free if x["prompts_per_lease"] == size), key=lambda x: x["groups_per_s"])
-        for size in (LEASE, LARGE_LEASE)
-    )
+        for size in LEASES
+    ]
     paragraphs = [
         f"Simulated on {found['machine']}, {found['when']}, load {found['load']:.1f} when it "
         "began, by `python ray_jobs/control_plane.py`: the real stream actor and Ray's transport, "
@@ -272,7 +279,7 @@ def page(found: dict[str, Any]) -> str:
         "up to "
         f"{ROOM * H100_GROUPS_PER_S * GROUP * LENGTH:,.0f} tokens/s "
         "on each GPU.",
-        f"**Measured:** {carried(small, goal)}; {carried(large, goal)}. {saturated(free)}",
+        f"**Measured:** {'; '.join(carried(row, goal) for row in best)}. {saturated(free)}",
     ]
     lines = [
         "# What one stream carries",
@@ -366,7 +373,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         (paced, "at an H100's pace"),
         *(
             ([x for x in free if x["prompts_per_lease"] == size], f"unpaced, {size} a lease")
-            for size in (LEASE, LARGE_LEASE)
+            for size in LEASES
         ),
     ):
         workers = [row["workers"] for row in chosen]
@@ -408,9 +415,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         Tokenizer.train(["1 + 2 = 3"], 265).save(tokenizer_folder(config))
         with connected(config):
             for pace, prompts, counts in (
-                (args.pace, LEASE, args.workers),
-                (0.0, LEASE, args.unpaced),
-                (0.0, LARGE_LEASE, args.unpaced),
+                (args.pace, LEASES[0], args.workers),
+                *((0.0, size, args.unpaced) for size in LEASES),
             ):
                 for workers in counts:
                     rows.append(measure(workers, pace, prompts, args.seconds, run_dir))

@@ -24,7 +24,7 @@ from aquarl.cluster import rollout_pool, stream_actor
 from aquarl.cluster.rollout_pool import RolloutWorker
 from aquarl.cluster.stream_actor import StreamActor
 from aquarl.config import Config
-from aquarl.records import RolloutGroup, StepShare, Weights
+from aquarl.records import LeaseResult, StepShare, Weights
 
 if TYPE_CHECKING:  # every process of a run imports this file, and few of them need torch
     import pytest
@@ -103,11 +103,11 @@ class MortalWorker(RolloutWorker):
 
         self._sampler.sample = mortal  # type: ignore[method-assign]
 
-    def run(self) -> Iterator[list[RolloutGroup]]:
-        for groups in super().run():
-            yield groups
-            is_training = len(groups[0].advantages) > 1
-            if is_training and groups[0].weights_version >= FROM_STEP:  # they are on their way
+    def run(self) -> Iterator[LeaseResult]:
+        for result in super().run():
+            yield result
+            is_training = result.answers_PG.shape[1] > 1
+            if is_training and result.weights_version >= FROM_STEP:  # it is on its way
                 die_once(self._run_dir, "submit")
 
 

@@ -53,9 +53,10 @@ from aquarl.model.flat_weights import flatten
 from aquarl.model.gpt import GPT
 from aquarl.model.shape import Shape
 from aquarl.observe.metrics import JsonlSink, Sinks, read_metrics
-from aquarl.records import Lease, Metrics, RolloutGroup, Sampling, Weights
+from aquarl.records import Lease, LeaseResult, Metrics, Problem, Sampling, Weights
 from aquarl.rl import pool_size
 from aquarl.rl.learner import Learner
+from aquarl.rl.prompts import PromptSource
 from aquarl.tasks.base import to_prompt
 from aquarl.tasks.catalog import load_problems
 from tests.conftest import assert_same, eventually, rows, run_rl, weights
@@ -186,10 +187,10 @@ def test_a_pool_grows_while_the_learner_waits_and_shrinks_while_it_does_not(
     turn, pause_s = 8, 1.0
 
     class SlowWorker(RolloutWorker):
-        def run(self) -> Iterator[list[RolloutGroup]]:
-            for groups in super().run():
-                time.sleep(pause_s if groups[0].step < turn else 0)
-                yield groups
+        def run(self) -> Iterator[LeaseResult]:
+            for result in super().run():
+                time.sleep(pause_s if result.step < turn else 0)
+                yield result
 
     class QuickToShrink(StreamActor):
         def __init__(self, config: Config) -> None:
@@ -376,10 +377,10 @@ def test_many_workers_may_die_at_once_and_an_evaluation_take_its_time(
     evaluation comes in time, though not all of them within `rl.wait_timeout_s`."""
 
     class SlowWorker(RolloutWorker):
-        def run(self) -> Iterator[list[RolloutGroup]]:
-            for groups in super().run():
+        def run(self) -> Iterator[LeaseResult]:
+            for result in super().run():
                 time.sleep(2)
-                yield groups
+                yield result
 
     class SlowStream(StreamActor):
         def __init__(self, config: Config) -> None:
@@ -414,9 +415,9 @@ def test_many_workers_may_die_at_once_and_an_evaluation_take_its_time(
         stream.publish(flatten(policy, 0))
         prompts = [to_prompt(problem, words) for problem in problems]
         began = time.monotonic()
-        groups = stream.evaluate("all", prompts, Sampling(4, temperature=0.0))
+        results = stream.evaluate("all", prompts, Sampling(4, temperature=0.0))
         assert time.monotonic() - began > config.rl.wait_timeout_s
-        assert [group.prompt for group in groups] == prompts
+        assert [group.prompt for result in results for group in result.groups()] == prompts
         assert stream.status()["counts"]["workers_replaced"] == 4
 
 
@@ -468,8 +469,8 @@ def test_an_answer_to_a_question_of_before_is_not_taken_for_newer_weights(tiny: 
     stream = ray.remote(num_cpus=0)(Stream).remote()
     sampler = TorchSampler(model, 0)
     config = load_config(tiny, ["rl.max_staleness=2", "rl.inflight_updates=true"])
-    words = Tokenizer.train(["no word"], vocab_size=265)
-    worker = RolloutWorker("rollout-0", config, words, lambda: sampler, stream)
+    source = PromptSource([Problem("p", "?", (), "A")], Tokenizer.train(["no word"], 265), seed=0)
+    worker = RolloutWorker("rollout-0", config, source, lambda: sampler, stream)
     lease = Lease(0, 2, (), (), Sampling(1), 2)
 
     worker._have = of_before

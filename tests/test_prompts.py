@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from aquarl.errors import DataError
-from aquarl.records import Problem
-from aquarl.rl.prompts import PromptSource
+from aquarl.records import Lease, Problem, Sampling
+from aquarl.rl.prompts import PromptSource, SharedProblems
 from aquarl.tasks.base import to_prompt
 from tests.fakes import byte_tokenizer
 
@@ -45,6 +47,28 @@ def test_a_position_means_the_same_whatever_was_asked_before(permute_options: bo
         fresh = source(permute_options=permute_options)
         assert used.prompt(position) == fresh.prompt(position)
         assert used.seeds(position, 4) == fresh.seeds(position, 4)
+
+
+def test_a_lease_of_the_training_is_filled_by_its_positions_and_an_evaluation_is_whole() -> None:
+    mine = source(permute_options=True)
+    lease = Lease(4, 1, (), (), Sampling(8), weights_version=1, positions=range(5, 8))
+    filled = mine.filled(lease, rollouts=2)
+    assert filled.prompts == tuple(mine.prompt(position) for position in (5, 6, 7))
+    assert filled.seeds == tuple(mine.seeds(position, 2) for position in (5, 6, 7))
+    assert replace(filled, prompts=(), seeds=()) == lease and len(filled) == len(lease) == 3
+    asked = Lease(5, 1, filled.prompts, ((0,),) * 3, Sampling(8), weights_version=1)
+    assert mine.filled(asked, rollouts=2) is asked and len(asked) == 3
+
+
+@pytest.mark.parametrize("permute_options", [False, True])
+def test_problems_that_are_shared_give_the_same_prompts(permute_options: bool) -> None:
+    odd = Problem("é", "½ · 2 = ?\n\u2028", ("1\0", "²", "'"), "C", letters="αβγC"[-3:])
+    problems = [*PROBLEMS, odd]
+    sent = pickle.loads(pickle.dumps(SharedProblems(problems)))
+    shared = PromptSource(sent, TOKENIZER, 0, permute_options)
+    usual = PromptSource(problems, TOKENIZER, 0, permute_options)
+    assert [shared.prompt(i) for i in range(16)] == [usual.prompt(i) for i in range(16)]
+    assert [sent[i] for i in range(8)] == [replace(p, rationale="") for p in problems]
 
 
 def test_the_runs_seed_decides_order_and_seeds() -> None:

@@ -23,7 +23,7 @@ def rollout(text: str) -> Rollout:
 @pytest.mark.parametrize("text", ANSWERS)
 def test_an_answer_is_judged_by_grading(text: str) -> None:
     scored, judged = score(rollout(text), PROMPT, TOKENIZER, RLConfig()), grade(text, "C")
-    assert (scored.text, scored.letter, scored.reward) == (text, judged.letter, judged.reward)
+    assert (scored.letter, scored.reward) == (judged.letter, judged.reward)
     assert (scored.ids, scored.logprobs) == (rollout(text).ids, rollout(text).logprobs)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pickle
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from aquarl.config import RLConfig
-from aquarl.records import Lease, Problem, RolloutGroup, Sampling
+from aquarl.records import Lease, LeaseResult, Problem, Prompt, RolloutGroup, Sampling
 from aquarl.rl.prompts import PromptSource
 from aquarl.rl.stream import RolloutStream, describe, what_is_set_aside
 from tests.fakes import byte_tokenizer, make_group
@@ -20,46 +20,55 @@ from tests.fakes import byte_tokenizer, make_group
 TOKENIZER = byte_tokenizer()
 PROBLEMS = [Problem(f"p{i}", f"{i}?", ("a", "b"), "AB"[i % 2]) for i in range(10)]
 GREEDY = Sampling(4, temperature=0.0)
+SOURCE = PromptSource(PROBLEMS, TOKENIZER, seed=0)
 
 
 def stream_of(**settings: object) -> RolloutStream:
     """Six prompts a step in leases of two, unless said otherwise."""
     plan = {"steps": 50, "prompts_per_step": 6, "prompts_per_lease": 2, "rollouts_per_prompt": 2}
     config = RLConfig(**(plan | {"max_staleness": 0} | settings))
-    return RolloutStream(PromptSource(PROBLEMS, TOKENIZER, seed=0), config)
+    return RolloutStream(SOURCE, config)
 
 
-def finished(lease: Lease, rewards: Sequence[float] = (1.0, 0.0)) -> list[RolloutGroup]:
-    """What a worker would send: the rewards stand for the sampling."""
-    return [
-        make_group(
-            [], [[1], [2, 3]], rewards=rewards, lease=lease, index=i, version=lease.weights_version
-        )
-        for i in range(len(lease.prompts))
-    ]
+def finished(lease: Lease, *rewards: Sequence[float]) -> LeaseResult:
+    """What a worker would send: the rewards, for all prompts or each, stand for the sampling."""
+    lease = SOURCE.filled(lease, rollouts=2)
+    rewards_P = rewards if len(rewards) > 1 else (rewards or ((1.0, 0.0),)) * len(lease)
+    return LeaseResult.of(
+        [
+            make_group(
+                [], [[1], [2, 3]], rewards=row, lease=lease, index=i, version=lease.weights_version
+            )
+            for i, row in enumerate(rewards_P)
+        ]
+    )
 
 
 def leased(stream: RolloutStream, worker: str = "w", now_s: float = 0.0) -> Lease:
     lease = stream.lease(worker, now_s)
     assert lease is not None
-    return lease
+    return SOURCE.filled(lease, rollouts=2)
 
 
-def submit_all(stream: RolloutStream, lease: Lease, rewards: Sequence[float] = (1, 0)) -> None:
-    assert all(stream.submit(group) for group in finished(lease, rewards))
+def submit(stream: RolloutStream, lease: Lease, *rewards: Sequence[float]) -> None:
+    assert stream.submit(finished(lease, *rewards))
 
 
 def work_off(stream: RolloutStream) -> list[Lease]:
     """Take and finish every lease there is."""
     leases = []
     while (lease := stream.lease("w", 0.0)) is not None:
-        leases.append(lease)
-        submit_all(stream, lease)
+        leases.append(SOURCE.filled(lease, rollouts=2))
+        submit(stream, lease)
     return leases
 
 
-def problems_of(groups: Sequence[RolloutGroup]) -> list[str]:
+def problems_of(groups: Iterable[RolloutGroup]) -> list[str]:
     return [group.prompt.problem_id for group in groups]
+
+
+def groups_of(results: Iterable[LeaseResult] | None) -> list[RolloutGroup]:
+    return [group for result in results or () for group in result.groups()]
 
 
 def test_nothing_is_leased_before_there_are_weights() -> None:
@@ -75,10 +84,9 @@ def test_a_lease_is_given_once_and_a_step_is_its_leases_in_order() -> None:
     leases = [leased(stream, f"w{i}") for i in range(3)]
     assert stream.lease("another", 0.0) is None
     assert len({lease.id for lease in leases}) == 3
-    source = PromptSource(PROBLEMS, TOKENIZER, seed=0)
     prompts = [prompt for lease in leases for prompt in lease.prompts]
-    assert prompts == [source.prompt(position) for position in range(6)]
-    assert [s for x in leases for s in x.seeds] == [source.seeds(p, 2) for p in range(6)]
+    assert prompts == [SOURCE.prompt(position) for position in range(6)]
+    assert [s for x in leases for s in x.seeds] == [SOURCE.seeds(p, 2) for p in range(6)]
     assert all((x.step, x.weights_version, x.attempt) == (0, 0, 0) for x in leases)
 
 
@@ -87,11 +95,11 @@ def test_a_step_is_given_when_it_is_complete_whatever_the_order_of_arrival() -> 
     for _ in range(10):
         stream = stream_of()
         stream.publish(0)
-        groups = [g for _ in range(3) for g in finished(leased(stream))]
-        rng.shuffle(groups)
-        for group in groups:
+        results = [finished(leased(stream)) for _ in range(3)]
+        rng.shuffle(results)
+        for result in results:
             assert stream.step_share(0, 0, 1) is None
-            assert stream.submit(group)
+            assert stream.submit(result)
         share = stream.step_share(0, 0, 1)
         assert share is not None
         orders.add(tuple(problems_of(share.groups)))
@@ -103,10 +111,13 @@ def test_ranks_share_a_step_and_all_know_its_counts() -> None:
     stream.publish(0)
     work_off(stream)
     shares = [stream.step_share(0, rank, 4) for rank in range(4)]
-    whole = stream.step_groups(0)
+    whole = stream.step_results(0)
     assert whole is not None
     held = [group for share in shares if share for group in share.groups]
-    assert sorted(problems_of(held)) == sorted(problems_of(whole))
+    assert sorted(problems_of(held)) == sorted(problems_of(groups_of(whole)))
+    assert [share and problems_of(share.groups) for share in shares] == [
+        problems_of(groups_of(whole)[rank::4]) for rank in range(4)
+    ]
     for share in shares:
         assert share is not None and share.groups
         assert (share.tokens_in_step, share.rollouts_in_step) == (6 * 3, 6 * 2)
@@ -135,44 +146,33 @@ def test_a_lease_names_the_newest_weights_of_the_moment_it_is_given() -> None:
     assert leased(stream) == replace(early, attempt=1, deaths=1, weights_version=1)
 
 
-def test_what_a_lost_worker_had_sent_is_kept() -> None:
-    stream = stream_of()
-    stream.publish(0)
-    lost = leased(stream, "dies")
-    assert stream.submit(finished(lost)[0])
-    stream.lost("dies")
-    again = leased(stream, "new")
-    assert [stream.submit(group) for group in finished(again)] == [False, True]
-    assert stream.counts["late"] == 1
-
-
 def test_a_finished_lease_is_not_lost_with_its_worker() -> None:
     stream = stream_of()
     stream.publish(0)
-    submit_all(stream, leased(stream, "dies"))
+    submit(stream, leased(stream, "dies"))
     assert stream.lost("dies") == []
 
 
-def test_late_and_repeated_groups_are_dropped_and_counted() -> None:
+def test_late_and_repeated_results_are_dropped_and_their_groups_counted() -> None:
     stream = stream_of()
     stream.publish(0)
     lease = leased(stream)
-    submit_all(stream, lease)
-    assert not stream.submit(finished(lease)[0])  # a repeat
+    submit(stream, lease)
+    assert not stream.submit(finished(lease))  # a repeat
     work_off(stream)
     for step in (1, 2):
         stream.publish(step)
         assert stream.step_share(step, 0, 1) is None
         work_off(stream)
-    assert not stream.submit(finished(lease)[0])  # of a step long trained
-    assert not stream.submit(replace(finished(lease)[0], lease_id=999))  # of nobody
-    assert stream.counts["late"] == 3
+    assert not stream.submit(finished(lease))  # of a step long trained
+    assert not stream.submit(replace(finished(lease), lease_id=999))  # of nobody
+    assert stream.counts["late"] == 6
 
 
 def test_who_takes_too_long_over_a_lease_is_named_and_its_time_begins_with_each() -> None:
     stream = stream_of(lease_timeout_s=60)
     stream.publish(0)
-    submit_all(stream, leased(stream, "slow", now_s=30))
+    submit(stream, leased(stream, "slow", now_s=30))
     slow = leased(stream, "slow", now_s=100)
     leased(stream, "later", now_s=120)
     assert stream.overdue(160) == set()
@@ -202,12 +202,12 @@ def test_what_lies_ready_for_a_step_is_a_share_of_what_may() -> None:
     stream.publish(0)
     per_step = stream.config.prompts_per_step // stream.config.prompts_per_lease
     for _ in range(per_step):
-        submit_all(stream, leased(stream))
+        submit(stream, leased(stream))
     assert stream.step_share(0, 0, 1) is not None
     stream.publish(1)
     assert (stream.fullness(1), stream.depth) == (0.0, stream.config.prompts_per_step)
     for _ in range(2 * per_step):
-        submit_all(stream, leased(stream))
+        submit(stream, leased(stream))
     assert stream.fullness(1) == 1.0
 
 
@@ -215,12 +215,11 @@ def test_a_lease_that_workers_die_over_is_set_aside_and_its_step_goes_on() -> No
     stream = stream_of(lease_deaths=2)
     stream.publish(0)
     first = leased(stream, "dies")
-    assert stream.submit(finished(first)[0]), "half of it came before the first death"
     assert [lease.deaths for lease in stream.lost("dies")] == [1]
     again = leased(stream, "dies too")
     assert (again.id, again.attempt, again.deaths) == (first.id, 1, 1)
     assert [(lease.id, lease.deaths) for lease in stream.lost("dies too")] == [(first.id, 2)]
-    assert not stream.submit(finished(first)[1]), "late: it is not wanted any more"
+    assert not stream.submit(finished(first)), "late: it is not wanted any more"
     others = work_off(stream)
     assert len(others) == 2 and first.id not in {lease.id for lease in others}
 
@@ -240,7 +239,7 @@ def test_the_deaths_of_other_leases_do_not_add_up() -> None:
     for _ in range(3):
         lease = leased(stream, "dies")
         stream.lost("dies")
-        submit_all(stream, leased(stream))  # the very lease, now finished
+        submit(stream, leased(stream))  # the very lease, now finished
         assert stream.lost("w") == [], f"lease {lease.id} is no longer anybody's"
     assert stream.counts["set_aside"] == 0
 
@@ -273,7 +272,7 @@ def test_a_step_with_too_few_groups_for_its_ranks_passes_for_all_of_them() -> No
     shares = [stream.step_share(0, rank, 3) for rank in range(3)]
     assert [share and share.groups for share in shares] == [(), (), ()]
     assert {share.rollouts_in_step for share in shares if share} == {0}
-    assert stream.step_groups(0) == [] and len(stream.set_aside(0)) == 2
+    assert stream.step_results(0) == [] and len(stream.set_aside(0)) == 2
     said = [what_is_set_aside(lease, deaths_allowed=1) for lease in stream.set_aside(0)]
     assert "1 rollout workers died over lease 0" in said[0]
     assert "with its whole step" in said[1] and "died" not in said[1]
@@ -299,9 +298,9 @@ def test_an_evaluation_goes_without_the_problems_that_workers_die_over() -> None
     stream.ask("e", prompts, [(0,)] * 4, GREEDY)
     bad = leased(stream, "dies")
     stream.lost("dies")
-    submit_all(stream, leased(stream))
+    submit(stream, leased(stream))
     left = [prompt for prompt in prompts if prompt not in bad.prompts]
-    assert len(left) == 2 and [g.prompt for g in stream.answers("e") or []] == left
+    assert len(left) == 2 and [g.prompt for g in groups_of(stream.answers("e"))] == left
 
 
 @pytest.mark.parametrize("eta", [0, 1, 2])
@@ -312,8 +311,8 @@ def test_no_group_is_staler_than_allowed_and_work_goes_as_far_ahead_as_it_may(et
         leases = work_off(stream)
         assert all(lease.step - lease.weights_version <= eta for lease in leases)
         newest = min(version + eta, 7)
-        assert stream.step_groups(newest) is not None, "as far as the bound allows"
-        assert stream.step_groups(newest + 1) is None
+        assert stream.step_results(newest) is not None, "as far as the bound allows"
+        assert stream.step_results(newest + 1) is None
         assert stream.step_share(version, 0, 1) is not None
 
 
@@ -335,11 +334,9 @@ def test_under_any_timing_every_problem_is_trained_once_an_epoch(eta: int) -> No
             if lease is not None:
                 assert lease.step - lease.weights_version <= eta
                 held[worker] = lease
-                for group in finished(lease)[: rng.randrange(3)]:
-                    stream.submit(group)
+                for _ in range(rng.randrange(3)):
+                    stream.submit(finished(lease))
                 if rng.random() < 0.5:
-                    submit = [stream.submit(group) for group in finished(lease)]
-                    assert len(submit) == 2
                     held.pop(worker)
         elif event < 0.6:
             stream.lost(worker)
@@ -357,8 +354,7 @@ def test_under_any_timing_every_problem_is_trained_once_an_epoch(eta: int) -> No
         assert now_s < 100_000
     epochs = [Counter(trained[start : start + 10]) for start in range(0, 90, 10)]
     assert epochs == [Counter(p.id for p in PROBLEMS)] * 9
-    source = PromptSource(PROBLEMS, TOKENIZER, seed=0)
-    assert trained == [source.prompt(position).problem_id for position in range(90)]
+    assert trained == [SOURCE.prompt(position).problem_id for position in range(90)]
 
 
 def test_a_rewound_stream_gives_the_same_steps_again() -> None:
@@ -390,7 +386,7 @@ def test_after_a_rewind_nothing_is_sampled_with_weights_of_updates_that_were_und
         stream.step_share(step, 0, 1)
     stream.rewind(2, 12)
     assert stream.lease("w", 0.0) is None, "version 3 is of a past that did not happen"
-    assert not stream.submit(finished(old[0])[0]), "nor is its work"
+    assert not stream.submit(finished(old[0])), "nor is its work"
     stream.publish(2)
     assert leased(stream).weights_version == 2
 
@@ -410,10 +406,10 @@ def test_a_step_can_still_be_looked_at_while_another_rank_asks_for_the_next() ->
     assert stream.depth == 6
     stream.publish(1)
     assert stream.step_share(1, 1, 2) is None
-    assert stream.step_groups(0) is not None
+    assert stream.step_results(0) is not None
     assert stream.depth == 0
     stream.step_share(2, 1, 2)
-    assert stream.step_groups(0) is None
+    assert stream.step_results(0) is None
 
 
 def test_the_run_ends_with_its_last_step() -> None:
@@ -438,11 +434,11 @@ def test_an_evaluation_goes_first_and_comes_back_in_its_order() -> None:
     assert leased(stream, "w3").purpose == "train"
     assert stream.answers("validation 0") is None
     for lease in reversed(asked):
-        submit_all(stream, lease)
-    groups = stream.answers("validation 0")
-    assert groups is not None and problems_of(groups) == [p.problem_id for p in prompts]
+        submit(stream, lease)
+    groups = groups_of(stream.answers("validation 0"))
+    assert problems_of(groups) == [p.problem_id for p in prompts]
     assert stream.answers("validation 0") is None, "they are given once"
-    submit_all(stream, first)
+    submit(stream, first)
 
 
 @pytest.mark.parametrize(
@@ -470,7 +466,7 @@ def test_an_evaluation_survives_the_death_of_its_worker() -> None:
     stream.lost("dies")
     again = leased(stream, "new")
     assert again == replace(lost, attempt=1, deaths=1)
-    submit_all(stream, again)
+    submit(stream, again)
     assert stream.answers("validation 0") is not None
 
 
@@ -480,7 +476,7 @@ def test_an_evaluation_survives_the_death_of_its_worker() -> None:
 def test_uniform_groups_are_counted_and_trained_with_the_rest_by_default() -> None:
     stream = stream_of()
     stream.publish(0)
-    submit_all(stream, leased(stream), rewards=(1, 1))
+    submit(stream, leased(stream), (1, 1))
     work_off(stream)
     share = stream.step_share(0, 0, 1)
     assert share is not None and len(share.groups) == 6
@@ -490,9 +486,9 @@ def test_uniform_groups_are_counted_and_trained_with_the_rest_by_default() -> No
 def test_refilling_samples_further_problems_in_place_of_uniform_groups() -> None:
     stream = stream_of(refill_uniform_groups=True)
     stream.publish(0)
-    submit_all(stream, leased(stream), rewards=(1, 1))
-    submit_all(stream, leased(stream), rewards=(0, 0))
-    submit_all(stream, leased(stream))
+    submit(stream, leased(stream), (1, 1))
+    submit(stream, leased(stream), (0, 0))
+    submit(stream, leased(stream))
     assert stream.step_share(0, 0, 1) is None and stream.has_work, "four useful ones are missing"
     refills = work_off(stream)
     assert [lease.step for lease in refills] == [0, 0]
@@ -509,7 +505,7 @@ def test_refilling_ends_where_nothing_helps() -> None:
     stream.publish(0)
     leases = 0
     while (lease := stream.lease("w", 0.0)) is not None:
-        submit_all(stream, lease, rewards=(1, 1))
+        submit(stream, lease, (1, 1))
         leases += 1
     assert leases == 4 * 3
     share = stream.step_share(0, 0, 1)
@@ -519,9 +515,9 @@ def test_refilling_ends_where_nothing_helps() -> None:
 def test_each_rank_gets_a_group_even_where_few_are_useful() -> None:
     stream = stream_of(refill_uniform_groups=True)
     stream.publish(0)
-    submit_all(stream, leased(stream))
+    submit(stream, leased(stream))
     while (lease := stream.lease("w", 0.0)) is not None:
-        submit_all(stream, lease, rewards=(1, 1))
+        submit(stream, lease, (1, 1))
     counted = set()
     for rank in range(3):
         share = stream.step_share(0, rank, 3)
@@ -546,32 +542,32 @@ def test_which_problems_refill_does_not_depend_on_timing() -> None:
             stream.publish(step)
             held: list[Lease] = []
             while (share := stream.step_share(step, 0, 1)) is None:
-                while len(held) < 2 and (lease := stream.lease("w", 0.0)) is not None:
-                    held.append(lease)
+                while len(held) < 2 and (given := stream.lease("w", 0.0)) is not None:
+                    held.append(SOURCE.filled(given, rollouts=2))
                 lease = held.pop(rng.randrange(len(held)))
-                for group, prompt in zip(finished(lease), lease.prompts, strict=True):
-                    is_easy = int(prompt.problem_id[1:]) % 3 == 0
-                    rewards = (1.0, 1.0) if is_easy else (1.0, 0.0)
-                    stream.submit(
-                        make_group([], [[1], [2]], rewards=rewards, lease=lease, index=group.index)
-                    )
+                is_easy = [int(prompt.problem_id[1:]) % 3 == 0 for prompt in lease.prompts]
+                submit(stream, lease, *((1.0, 1.0) if easy else (1.0, 0.0) for easy in is_easy))
             trained += problems_of(share.groups)
             for lease in held:
-                submit_all(stream, lease)
+                submit(stream, lease)
         orders.add(tuple(trained))
     assert len(orders) == 1
 
 
 def test_a_step_is_described_by_hand() -> None:
     right = replace(make_group([], [[1], [2, 3]]).rollouts[0], letter="A")
-    wrong = replace(right, letter="B", reward=0.0, stopped=False, ids=(1, 2, 3))
+    wrong = replace(
+        right, letter="B", reward=0.0, stopped=False, ids=(1, 2, 3), logprobs=(-1.0,) * 3
+    )
     none = replace(wrong, letter=None)
     group = make_group([], [[1], [2]], version=4)
-    groups = [
-        replace(group, rollouts=(right, wrong), sample_s=1.5, fetch_s=0.25),
-        replace(group, rollouts=(none, none), weights_version=5, worker="another"),
+    results = [
+        LeaseResult.of([replace(group, rollouts=(right, wrong), sample_s=1.5, fetch_s=0.25)]),
+        LeaseResult.of(
+            [replace(group, rollouts=(none, none), weights_version=5, worker="another")]
+        ),
     ]
-    assert describe(groups, step=5) == {
+    assert describe(results, step=5) == {
         "reward/mean": 0.25,
         "reward/accuracy": 0.25,
         "reward/committed_fraction": 0.5,
@@ -593,32 +589,54 @@ def test_where_weights_changed_on_the_way_each_token_counts_by_its_own() -> None
     """Seven tokens: of the first answer by version 3, 4, 4, of the second all by the group's 3."""
     group = make_group([], [[1, 2, 3], [1, 2, 3, 4]], version=3)
     first = replace(group.rollouts[0], versions=(3, 4, 4))
-    seen = describe([replace(group, rollouts=(first, group.rollouts[1]))], step=5)
+    told = LeaseResult.of([replace(group, rollouts=(first, group.rollouts[1]))])
+    seen = describe([told], step=5)
     assert (seen["rollout/staleness_1"], seen["rollout/staleness_2"]) == (2 / 7, 5 / 7)
     assert seen["rollout/staleness_max"] == 2, "the bound is about the oldest token"
 
 
-def test_the_stream_passes_groups_on_as_they_came_and_the_learner_finds_all_in_them() -> None:
+def test_the_stream_passes_results_on_as_they_came_and_the_learner_finds_all_in_them() -> None:
     stream = stream_of(refill_uniform_groups=True)
     stream.publish(0)
-    sent = {}
+    sent: list[RolloutGroup] = []
     while (lease := stream.lease("w", 0.0)) is not None:
-        for group in finished(lease):
+        groups = []
+        for group in finished(lease).groups():
             told = (
-                replace(group.rollouts[0], text="Answer: A", letter="A", versions=(0,)),
+                replace(group.rollouts[0], letter="A", versions=(1,)),
                 replace(group.rollouts[1], logprobs=(-0.5, -1e-8), stopped=False),
             )
-            group = sent[lease.id, group.index] = replace(group, rollouts=told)
-            assert stream.submit(pickle.loads(pickle.dumps(group)))
+            groups.append(replace(group, rollouts=told, worker="w", sampled=(1.5, 2.5)))
+        sent += groups
+        assert stream.submit(pickle.loads(pickle.dumps(LeaseResult.of(groups))))
     share = stream.step_share(0, 0, 1)
     assert share is not None and len(share.groups) == 6
-    for group in share.groups:
-        assert "rollouts" not in vars(group), "nobody has opened it"
-        taken = pickle.loads(pickle.dumps(group))
-        same = sent[group.lease_id, group.index]
-        near = [  # log-probabilities are float32 values in any engine; here one is not
-            replace(rollout, logprobs=tuple(float(np.float32(x)) for x in rollout.logprobs))
-            for rollout in same.rollouts
-        ]
-        assert taken == replace(same, rollouts=tuple(near))
-    assert share.metrics == describe(list(sent.values()), 0) | {"reward/groups_set_aside": 0}
+    near = [  # log-probabilities are float32 values in any engine; here one is not
+        replace(
+            group,
+            rollouts=tuple(
+                replace(rollout, logprobs=tuple(float(np.float32(x)) for x in rollout.logprobs))
+                for rollout in group.rollouts
+            ),
+        )
+        for group in sent
+    ]
+    assert list(pickle.loads(pickle.dumps(share)).groups) == near
+
+
+def test_a_result_with_some_of_its_groups_has_all_that_is_theirs() -> None:
+    lengths = [[1, 2], [3, 1], [2, 2], [1, 4]]
+    groups = [
+        replace(
+            make_group(range(p + 1), [range(n) for n in row], logprob=-p - 0.5),
+            index=p,
+            prompt=Prompt(f"p{p}", tuple(range(p + 1)), "ABCD", "ABCD"[p]),
+        )
+        for p, row in enumerate(lengths)
+    ]
+    late = replace(groups[1].rollouts[0], versions=(0, 2, 2)), groups[1].rollouts[1]
+    for some in (groups, [groups[0], replace(groups[1], rollouts=late), *groups[2:]]):
+        whole = LeaseResult.of(some)
+        assert whole.only(range(4)) is whole
+        for places in ([0], [1, 3], [3, 0], [2, 1, 0]):
+            assert list(whole.only(places).groups()) == [some[p] for p in places]

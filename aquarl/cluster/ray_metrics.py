@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ray.util import metrics
 
-from aquarl.records import Lease, RolloutGroup
+from aquarl.records import Lease, LeaseResult
 
 
 class StreamMetrics:
@@ -44,15 +44,13 @@ class StreamMetrics:
         self._waiting: dict[str, float] = defaultdict(float)
         self._behind = 0
 
-    def accepted(self, groups: Sequence[RolloutGroup], newest_version: int) -> None:
-        """Count groups. Ray is told with the next `state`, as each call of its takes long."""
-        for group in groups:
-            seen = group.glance
-            self._waiting["groups"] += 1
-            self._waiting["rollouts"] += len(seen.lengths)
-            self._waiting["tokens"] += sum(seen.lengths)
-            self._waiting["reward"] += sum(seen.rewards)
-            self._behind = newest_version - group.weights_version
+    def accepted(self, result: LeaseResult, newest_version: int) -> None:
+        """Count its groups. Ray is told with the next `state`, as each call of its takes long."""
+        self._waiting["groups"] += len(result)
+        self._waiting["rollouts"] += result.answers_PG.size
+        self._waiting["tokens"] += len(result.tokens_M)
+        self._waiting["reward"] += float(result.answers_PG["reward"].sum())
+        self._behind = newest_version - result.weights_version
 
     def lost(self, set_aside: Sequence[Lease]) -> None:
         """Count a worker that died, and the leases that are set aside for it."""

@@ -19,7 +19,8 @@ from aquarl.cluster.waits import stacks_after, wait_for
 from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.model.shape import Shape
-from aquarl.records import Lease, RolloutGroup, Sampler, Weights
+from aquarl.records import Lease, LeaseResult, Sampler, Weights
+from aquarl.rl.prompts import PromptSource
 
 LEASE_WAIT_S = 5.0
 """How long a worker's question stays open before the stream tells it to ask again."""
@@ -32,11 +33,11 @@ class RolloutWorker:
         self,
         name: str,
         config: Config,
-        tokenizer: Tokenizer,
+        source: PromptSource,
         make_sampler: Callable[[], Sampler],
         stream: ActorHandle,
     ) -> None:
-        self._name, self._config, self._tokenizer = name, config, tokenizer
+        self._name, self._config, self._source = name, config, source
         self._sampler = make_sampler()  # built here, on the worker's own machine
         self._stream = stream
         self._have: tuple[int, int] | None = None
@@ -47,16 +48,17 @@ class RolloutWorker:
     def __repr__(self) -> str:
         return f"RolloutWorker({self._name})"  # Ray asks once, when it is made
 
-    def run(self) -> Iterator[list[RolloutGroup]]:
-        """Yield the finished groups of one lease at a time until the stream says stop."""
+    def run(self) -> Iterator[LeaseResult]:
+        """Yield the result of one lease after the other until the stream says stop."""
         from aquarl.rl.rewards import scored_groups
 
         while True:
             offer = self._wait_for(self._stream.lease.remote(self._name, self._have), "a lease")
             if offer.is_over:
                 return
-            if (lease := offer.lease) is None:
+            if offer.lease is None:
                 continue
+            lease = self._source.filled(offer.lease, self._config.rl.rollouts_per_prompt)
             fetch_s = 0.0
             with stacks_after(self._config.rl.lease_timeout_s):
                 if offer.weights is not None:
@@ -70,10 +72,10 @@ class RolloutWorker:
                 sampled_from, started = time.time(), time.perf_counter()
                 version = self._sampler.version
                 rollouts = self._sampler.sample(lease.prompts, lease.seeds, lease.sampling)
-            yield scored_groups(
+            groups = scored_groups(
                 lease,
                 rollouts,
-                self._tokenizer,
+                self._source.tokenizer,
                 self._config.rl,
                 weights_version=version,
                 worker=self._name,
@@ -81,6 +83,7 @@ class RolloutWorker:
                 fetch_s=fetch_s,
                 sampled_from=sampled_from,
             )
+            yield LeaseResult.of(groups)
 
     def _let_weights_change(self, lease: Lease) -> None:
         """Have the sampler look for newer weights between the tokens of a lease of the training.
@@ -157,11 +160,15 @@ def sampler_maker(config: Config, shape: Shape, tokenizer: Tokenizer) -> Callabl
 def hire(
     name: str,
     config: Config,
-    tokenizer: Tokenizer,
+    source: Any,
     make_sampler: Callable[[], Sampler],
     stream: ActorHandle,
 ) -> Any:
-    """Start a worker as a Ray actor and return its handle, before it is up."""
+    """Start a worker as a Ray actor and return its handle, before it is up.
+
+    Args:
+        source: Reference of the `PromptSource`, which is sent once to a machine.
+    """
     remote_class = ray.remote(
         num_cpus=config.cluster.rollout_cpus,
         num_gpus=config.cluster.rollout_gpus,
@@ -169,7 +176,7 @@ def hire(
         max_concurrency=1,
     )(RolloutWorker)
     hired = remote_class.options(name=unused(name))
-    return hired.remote(name, config, tokenizer, make_sampler, stream)
+    return hired.remote(name, config, source, make_sampler, stream)
 
 
 def unused(name: str) -> str:

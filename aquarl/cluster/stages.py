@@ -48,7 +48,16 @@ from aquarl.model.modes import compile_policy
 from aquarl.model.shape import Shape
 from aquarl.observe.ledger import Ledger
 from aquarl.observe.transcripts import forget_transcripts, write_transcripts
-from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
+from aquarl.records import (
+    Lease,
+    LeaseResult,
+    Metrics,
+    Prompt,
+    RolloutGroup,
+    Sampling,
+    StepShare,
+    Weights,
+)
 from aquarl.rl.learner import Learner
 from aquarl.rl.loop import train_policy
 from aquarl.rl.stream import what_is_set_aside
@@ -400,17 +409,18 @@ class RayStream:
         is_all = len(share.groups) == seen["reward/groups"] and not seen["reward/groups_set_aside"]
         if rank == 0 and not is_all:
             # Now, for no rank can ask for the next step, which forgets this one.
-            whole = self._call(self._actor.step_groups, self._learner, step)
-            self.groups_of_step, self.set_aside_of_step = whole
+            results, leases = self._call(self._actor.step_results, self._learner, step)
+            self.groups_of_step = [group for result in results for group in result.groups()]
+            self.set_aside_of_step = leases
         return share
 
     def evaluate(
         self, name: str, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> list[RolloutGroup]:
-        groups: list[RolloutGroup] = self._call(
+    ) -> list[LeaseResult]:
+        results: list[LeaseResult] = self._call(
             self._actor.evaluate, self._learner, name, prompts, sampling
         )
-        return groups
+        return results
 
     def frontier(self, step: int) -> int:
         position: int = self._call(self._actor.frontier, self._learner, step)

@@ -33,9 +33,9 @@ from aquarl.config import Config
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import CheckpointError, ClusterError, ConfigError, DataError, StorageError
 from aquarl.model.shape import Shape
-from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare, Weights
+from aquarl.records import Lease, LeaseResult, Metrics, Prompt, Sampling, StepShare, Weights
 from aquarl.rl.pool_size import PoolSize
-from aquarl.rl.prompts import PromptSource
+from aquarl.rl.prompts import PromptSource, SharedProblems
 from aquarl.rl.stream import RolloutStream, what_is_set_aside
 from aquarl.storage import get, remove
 from aquarl.tasks.catalog import load_problems
@@ -128,9 +128,12 @@ class StreamActor:
         splits = load_problems(config.data, config.run.seed)
         self._refused = dict(splits.refused)
         source = PromptSource(
-            splits.train, self._tokenizer, config.run.seed, config.data.permute_options
+            SharedProblems(splits.train),
+            self._tokenizer,
+            config.run.seed,
+            config.data.permute_options,
         )
-        self._begun = RolloutStream(source, config.rl)
+        self._begun, self._source = RolloutStream(source, config.rl), ray.put(source)
         self._spawn(self._watch_the_clock())
         await self._resize(self._wanted)
 
@@ -177,7 +180,7 @@ class StreamActor:
         config = for_kind(self._config, kinds[place])
         make_sampler = sampler_maker(config, self._shape, self._tokenizer)
         me = ray.get_runtime_context().current_actor
-        worker = hire(name, config, self._tokenizer, make_sampler, me)
+        worker = hire(name, config, self._source, make_sampler, me)
         self._workers[name], self._kinds[name] = worker, place
         self._spawn(self._consume(name, worker))
         return name
@@ -211,13 +214,13 @@ class StreamActor:
         }
 
     async def _consume(self, name: str, worker: ActorHandle) -> None:
-        """Take one worker's groups until it leaves; replace it if it died."""
+        """Take one worker's results until it leaves; replace it if it died."""
         try:
-            leases = worker.run.options(
+            results = worker.run.options(
                 num_returns="streaming", _generator_backpressure_num_objects=2
             ).remote()
-            async for groups in leases:
-                await self._accept(await groups)
+            async for result in results:
+                await self._accept(await result)
         except Exception as error:  # of Ray, mostly; whatever it is, its lease is given again
             if not isinstance(error, RayError):
                 logger.exception("What rollout worker %s sent could not be booked.", name)
@@ -226,18 +229,18 @@ class StreamActor:
             self._workers.pop(name, None)
             await self._resize(self._wanted)  # more may be wanted since it was told to leave
 
-    async def _accept(self, groups: Sequence[RolloutGroup]) -> None:
-        accepted = [group for group in groups if self._stream.submit(group)]
-        if accepted:
-            self._deaths_in_a_row = self._failed_starts = 0
-            self._successors.clear()
-            self._booked_at = time.monotonic()
-            if self._stream.is_of_training(accepted[-1]):
-                self._metrics.accepted(accepted, self._stream.version)
+    async def _accept(self, result: LeaseResult) -> None:
+        if not self._stream.submit(result):
+            return
+        self._deaths_in_a_row = self._failed_starts = 0
+        self._successors.clear()
+        self._booked_at = time.monotonic()
+        if self._stream.is_of_training(result):
+            self._metrics.accepted(result, self._stream.version)
         # Waking those who wait costs more than booking a lease, so it is done where it helps: the
         # learner when all it waits for is in, workers where refilling has made work for them.
         is_refilled = self._config.rl.refill_uniform_groups and self._stream.has_work
-        if accepted and (is_refilled or self._stream.is_complete_with(accepted[-1])):
+        if is_refilled or self._stream.is_complete_with(result):
             await self._notify(workers=self._config.rl.refill_uniform_groups)
 
     async def _bury(self, name: str, error: Exception) -> None:
@@ -367,24 +370,24 @@ class StreamActor:
             await self._observe(asked_at, fullness)
         return replace(share, metrics=share.metrics | self._pool_metrics())
 
-    async def step_groups(self, learner: str, step: int) -> tuple[list[RolloutGroup], list[Lease]]:
-        """Return all groups of a step that is complete and not yet followed by another, and the
+    async def step_results(self, learner: str, step: int) -> tuple[list[LeaseResult], list[Lease]]:
+        """Return all results of a step that is complete and not yet followed by another, and the
         leases that it goes without."""
         self._require(learner)
-        return self._stream.step_groups(step) or [], self._stream.set_aside(step)
+        return self._stream.step_results(step) or [], self._stream.set_aside(step)
 
     async def evaluate(
         self, learner: str, name: str, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> list[RolloutGroup]:
+    ) -> list[LeaseResult]:
         """Sample one answer a prompt with the newest weights. Raises: ClusterError."""
         self._require(learner)
         self._stream.ask(name, prompts, [(0,)] * len(prompts), sampling)
         await self._notify()
-        groups: list[RolloutGroup] = await self._until(
+        results: list[LeaseResult] = await self._until(
             lambda: self._stream.answers(name), f"the answers of {name}"
         )
         self._gave_at = None
-        return groups
+        return results
 
     async def frontier(self, learner: str, step: int) -> int:
         self._require(learner)

@@ -234,7 +234,7 @@ class _Asker:
 
     def _read(self, prompt: Prompt, rollout: Rollout) -> Rollout:
         text = self.tokenizer.decode_answer(rollout.ids)
-        return replace(rollout, text=text, letter=committed_letter(text, prompt.letters))
+        return replace(rollout, letter=committed_letter(text, prompt.letters))
 
     def _seed(self, problem: Problem, draw: int) -> int:
         name = f"evaluate {self.seed} {draw} {problem.id}"

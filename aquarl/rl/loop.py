@@ -15,9 +15,9 @@ from aquarl.config import RLConfig
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.evaluate.scores import majority_baseline, wilson_interval
 from aquarl.records import (
+    LeaseResult,
     Metrics,
     Prompt,
-    RolloutGroup,
     Sampler,
     Sampling,
     StepShare,
@@ -52,7 +52,7 @@ class LearnerStream(Protocol):
 
     def evaluate(
         self, name: str, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> list[RolloutGroup]:
+    ) -> list[LeaseResult]:
         """Sample one answer to each prompt with the newest weights, and wait for them."""
 
     def frontier(self, step: int) -> int:
@@ -153,18 +153,18 @@ def validate(
         return {}
     sampling = Sampling(config.max_new_tokens, temperature=0.0)
     began = time.perf_counter()
-    if not (groups := stream.evaluate(f"validation {step}", prompts, sampling)):
+    if not (results := stream.evaluate(f"validation {step}", prompts, sampling)):
         return {}
-    seen, n = describe(groups, step), len(groups)
+    seen = describe(results, step)
+    right_letters = [right for result in results for _, _, right in result.asked_P]
+    n = len(right_letters)
     low, high = wilson_interval(round(seen["reward/accuracy"] * n), n)
     return {
         "validation/accuracy": seen["reward/accuracy"],
         "validation/n": n,
         "validation/low": low,
         "validation/high": high,
-        "validation/majority_baseline": majority_baseline(
-            [group.prompt.answer_letter for group in groups]
-        ),
+        "validation/majority_baseline": majority_baseline(right_letters),
         "validation/committed_fraction": seen["reward/committed_fraction"],
         "validation/length_mean": seen["rollout/length_mean"],
         "validation/cut_fraction": seen["rollout/cut_fraction"],
@@ -191,11 +191,11 @@ class InProcess:
 
     def evaluate(
         self, name: str, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> list[RolloutGroup]:
+    ) -> list[LeaseResult]:
         self.stream.ask(name, prompts, [(0,)] * len(prompts), sampling)
-        while (groups := self.stream.answers(name)) is None:
+        while (results := self.stream.answers(name)) is None:
             self._work()
-        return groups
+        return results
 
     def frontier(self, step: int) -> int:
         return self.stream.frontier(step)
@@ -204,9 +204,10 @@ class InProcess:
         """Take one lease and finish it."""
         lease = self.stream.lease("in process", time.monotonic())
         assert lease is not None, "a step that is not complete has a lease to give"
+        lease = self.stream.source.filled(lease, self.config.rollouts_per_prompt)
         sampled_from, started = time.time(), time.perf_counter()
         rollouts = self.sampler.sample(lease.prompts, lease.seeds, lease.sampling)
-        for group in scored_groups(
+        groups = scored_groups(
             lease,
             rollouts,
             self.tokenizer,
@@ -215,5 +216,5 @@ class InProcess:
             sample_s=time.perf_counter() - started,
             worker="in process",
             sampled_from=sampled_from,
-        ):
-            self.stream.submit(group)
+        )
+        self.stream.submit(LeaseResult.of(groups))

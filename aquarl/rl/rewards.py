@@ -19,11 +19,10 @@ from aquarl.tasks.grading import grade
 
 
 def score(rollout: Rollout, prompt: Prompt, tokenizer: Tokenizer, config: RLConfig) -> Rollout:
-    """Return the rollout with its text, letter and reward."""
-    text = tokenizer.decode_answer(rollout.ids)
-    judged = grade(text, prompt.answer_letter, prompt.letters)
+    """Return the rollout with its letter and reward."""
+    judged = grade(tokenizer.decode_answer(rollout.ids), prompt.answer_letter, prompt.letters)
     bonus = config.format_bonus if judged.letter is not None else 0.0
-    return replace(rollout, text=text, letter=judged.letter, reward=judged.reward + bonus)
+    return replace(rollout, letter=judged.letter, reward=judged.reward + bonus)
 
 
 def scored_groups(

@@ -4,23 +4,27 @@ A plain class that never waits; `cluster/stream_actor.py` hires it and does the 
 given to it, so a test can play hours in a moment.
 
 - A lease is issued once, and again (same prompts, same seeds) if its worker died or was silent
-  for too long. A group is accepted once, by lease and place; repeats are counted and dropped.
+  for too long. Its result is accepted once; repeats are counted and dropped.
 - Leases for step s exist only once weights s - max_staleness do, so no group can be too stale.
-- A step is complete when all its groups are in; they come in the order of their leases, whoever
+- A step is complete when all its leases are finished; its groups come in their order, whoever
   sampled them.
-- A lease over which `lease_deaths` workers died is set aside whole, whatever of it has come, and
-  for good: its step is trained without it, and again so when a learner goes back over that step.
+- A lease over which `lease_deaths` workers died is set aside for good: its step is trained without
+  it, and again so when a learner goes back over that step.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
 
 from aquarl.config import RLConfig
-from aquarl.records import Lease, Metrics, Prompt, RolloutGroup, Sampling, StepShare
+from aquarl.records import Lease, LeaseResult, Metrics, Prompt, Sampling, StepShare
 from aquarl.rl.prompts import PromptSource
 
 EVALUATION_LEASES = 8
@@ -31,17 +35,17 @@ REFILLS_AT_MOST = 3
 
 @dataclass
 class _Open:
-    """A lease that is not finished: who holds it, since when, what has come."""
+    """A lease that is not forgotten: who holds it, since when, what has come of it."""
 
     lease: Lease
     worker: str | None = None
     since_s: float = 0.0
-    groups: dict[int, RolloutGroup] = field(default_factory=dict)
+    result: LeaseResult | None = None
     is_set_aside: bool = False
 
     @property
     def is_finished(self) -> bool:
-        return self.is_set_aside or len(self.groups) == len(self.lease.prompts)
+        return self.is_set_aside or self.result is not None
 
 
 class RolloutStream:
@@ -56,8 +60,8 @@ class RolloutStream:
         self._busy: dict[str, float] = {}
         """Since when each worker is over the lease it was given last, on whichever side of a
         rewind: who hangs over one of before is no more use after it."""
-        self._bad: dict[tuple[int, str, tuple[str, ...]], int] = {}
-        """Leases to set aside, by step, purpose and problems, and the deaths over each."""
+        self._bad: dict[Hashable, int] = {}
+        """Leases to set aside, by `_signature`, and the deaths over each."""
         self.rewind(step=0, position=0)
 
     def rewind(self, step: int, position: int) -> None:
@@ -92,25 +96,25 @@ class RolloutStream:
         self.counts["leases"] += 1
         return free.lease
 
-    def submit(self, group: RolloutGroup) -> bool:
-        """Take a finished group. False: it was late or a repeat, and is dropped."""
-        entry = self._open.get(group.lease_id)
-        if entry is None or entry.is_set_aside or group.index in entry.groups:
-            self.counts["late"] += 1
+    def submit(self, result: LeaseResult) -> bool:
+        """Take the result of a lease. False: it was late or a repeat, and is dropped."""
+        entry = self._open.get(result.lease_id)
+        if entry is None or entry.is_finished:
+            self.counts["late"] += len(result)
             return False
-        entry.groups[group.index] = group
-        self.counts["groups"] += 1
+        entry.result = result
+        self.counts["groups"] += len(result)
         self._when_finished(entry)
         return True
 
-    def is_of_training(self, group: RolloutGroup) -> bool:
-        """Return whether a group that was taken is to be trained: not of an evaluation."""
-        return self._open[group.lease_id].lease.purpose == "train"
+    def is_of_training(self, result: LeaseResult) -> bool:
+        """Return whether a result that was taken is to be trained: not of an evaluation."""
+        return self._open[result.lease_id].lease.purpose == "train"
 
-    def is_complete_with(self, group: RolloutGroup) -> bool:
-        """Return whether the step, or the evaluation, of a group has all its groups now."""
-        lease = self._open[group.lease_id].lease
-        if self.is_of_training(group):
+    def is_complete_with(self, result: LeaseResult) -> bool:
+        """Return whether the step, or the evaluation, of a result has all its groups now."""
+        lease = self._open[result.lease_id].lease
+        if self.is_of_training(result):
             leases = self._leases_of_step.get(lease.step, [])
         else:
             leases = self._evaluations.get(lease.purpose, [])
@@ -127,7 +131,7 @@ class RolloutStream:
             entry.lease = replace(entry.lease, deaths=entry.lease.deaths + 1)
             if entry.lease.deaths >= self.config.lease_deaths:
                 self._set_aside(entry)
-        return [entry.lease for entry in freed]
+        return [self._filled(entry) for entry in freed]
 
     def overdue(self, now_s: float) -> set[str]:
         """Return the workers that have had a lease for longer than `lease_timeout_s`."""
@@ -155,37 +159,46 @@ class RolloutStream:
         """
         self._asked_step = max(step, self._asked_step)
         self._forget_before(step - 1)
-        groups = self.step_groups(step)
-        if groups is None:
+        results = self.step_results(step)
+        if results is None:
             return None
-        if 0 < len(groups) < world:
+        if 0 < sum(map(len, results)) < world:
             for lease_id in self._leases_of_step[step]:
                 self._set_aside(self._open[lease_id])
-            groups = []
+            results = []
+        groups = [
+            _Group(result, place, is_uniform)
+            for result in results
+            for place, is_uniform in enumerate(result.is_uniform_P.tolist())
+        ]
         counted, others = groups, []
         if self.config.refill_uniform_groups:
-            counted = [group for group in groups if not is_uniform(group)] or groups
-            others = [group for group in groups if is_uniform(group)]
+            counted = [group for group in groups if not group.is_uniform] or groups
+            others = [group for group in groups if group.is_uniform]
         # Each rank needs a group. One that is there for that alone is not counted: the same step
         # has the same gradient whatever the number of ranks.
         trained = counted + others[: max(0, world - len(counted))]
+        all_counted = _results(counted)
         return StepShare(
-            groups=tuple(trained[rank::world]),
-            tokens_in_step=sum(sum(group.glance.lengths) for group in counted),
-            rollouts_in_step=sum(len(group.glance.lengths) for group in counted),
-            metrics=describe(groups, step)
-            | {"reward/groups_set_aside": sum(len(x.prompts) for x in self.set_aside(step))},
+            results=_results(trained[rank::world]),
+            tokens_in_step=sum(len(result.tokens_M) for result in all_counted),
+            rollouts_in_step=sum(result.answers_PG.size for result in all_counted),
+            metrics=describe(results, step)
+            | {"reward/groups_set_aside": sum(map(len, self.set_aside(step)))},
             is_padding=rank >= len(counted) > 0,
         )
 
-    def step_groups(self, step: int) -> list[RolloutGroup] | None:
-        """Return all groups of a step in the order of their leases, or None if not complete."""
+    def step_results(self, step: int) -> list[LeaseResult] | None:
+        """Return all results of a step in the order of their leases, or None if not complete."""
         return self._collected(self._leases_of_step.get(step))
 
     def set_aside(self, step: int) -> list[Lease]:
-        """Return the leases of a step that it is trained without."""
+        """Return the leases of a step that it is trained without, with their prompts."""
         entries = [self._open[lease_id] for lease_id in self._leases_of_step.get(step, ())]
-        return [entry.lease for entry in entries if entry.is_set_aside]
+        return [self._filled(entry) for entry in entries if entry.is_set_aside]
+
+    def _filled(self, entry: _Open) -> Lease:
+        return self.source.filled(entry.lease, self.config.rollouts_per_prompt)
 
     def frontier(self, step: int) -> int:
         """Return the position of the first prompt of a step: where to resume it."""
@@ -200,7 +213,7 @@ class RolloutStream:
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
     ) -> None:
-        """Queue an evaluation; `answers(name)` has its groups when they are in."""
+        """Queue an evaluation; `answers(name)` has its results when they are in."""
         size = self._prompts_of_a_question(seeds)
         self._evaluations[name] = [
             self._new_lease(
@@ -222,13 +235,13 @@ class RolloutStream:
         room = answers // max(map(len, seeds), default=1)
         return max(config.prompts_per_lease, min(room, -(-len(seeds) // EVALUATION_LEASES)))
 
-    def answers(self, name: str) -> list[RolloutGroup] | None:
-        """Return an evaluation's groups in the order of its prompts, once; None until then."""
-        groups = self._collected(self._evaluations.get(name))
-        if groups is not None:
+    def answers(self, name: str) -> list[LeaseResult] | None:
+        """Return an evaluation's results in the order of its prompts, once; None until then."""
+        results = self._collected(self._evaluations.get(name))
+        if results is not None:
             for lease_id in self._evaluations.pop(name):
                 del self._open[lease_id]
-        return groups
+        return results
 
     @property
     def has_work(self) -> bool:
@@ -249,7 +262,7 @@ class RolloutStream:
         return self._ready_for(step) / allowed
 
     def _ready_for(self, step: int) -> int:
-        return sum(len(e.groups) for e in self._open.values() if e.lease.step >= step)
+        return sum(len(e.result) for e in self._open.values() if e.result and e.lease.step >= step)
 
     def holders(self) -> dict[str, int]:
         """Return which worker holds how many unfinished leases."""
@@ -277,8 +290,7 @@ class RolloutStream:
         return freed
 
     def _set_aside(self, entry: _Open) -> None:
-        entry.is_set_aside = True
-        entry.groups.clear()  # which of them came before the deaths is chance
+        entry.is_set_aside, entry.result = True, None
         self.counts["set_aside"] += 1
         self._bad[_signature(entry.lease)] = entry.lease.deaths
         self._when_finished(entry)
@@ -296,7 +308,7 @@ class RolloutStream:
         return self.next_step - self.version <= config.max_staleness
 
     def _is_complete(self, step: int) -> bool:
-        return step not in self._leases_of_step or self.step_groups(step) is not None
+        return step not in self._leases_of_step or self.step_results(step) is not None
 
     def _open_step(self) -> None:
         step, config = self.next_step, self.config
@@ -312,9 +324,9 @@ class RolloutStream:
         positions = range(self.next_position, self.next_position + config.prompts_per_lease)
         self.next_position = positions.stop
         sampling = Sampling(config.max_new_tokens, config.temperature)
-        prompts = tuple(self.source.prompt(position) for position in positions)
-        seeds = tuple(self.source.seeds(p, config.rollouts_per_prompt) for p in positions)
-        self._leases_of_step[step].append(self._new_lease(step, prompts, seeds, sampling, "train"))
+        self._leases_of_step[step].append(
+            self._new_lease(step, (), (), sampling, "train", positions)
+        )
 
     def _new_lease(
         self,
@@ -323,8 +335,11 @@ class RolloutStream:
         seeds: tuple[tuple[int, ...], ...],
         sampling: Sampling,
         purpose: str,
+        positions: range = range(0),
     ) -> int:
-        lease = Lease(self._ids, step, prompts, seeds, sampling, self.version, purpose)
+        lease = Lease(
+            self._ids, step, prompts, seeds, sampling, self.version, purpose, positions=positions
+        )
         deaths = self._bad.get(_signature(lease))
         self._open[lease.id] = _Open(
             replace(lease, deaths=deaths or 0), is_set_aside=deaths is not None
@@ -336,19 +351,19 @@ class RolloutStream:
     def _refill(self, step: int) -> None:
         """Lease further prompts for a complete step in place of groups that teach nothing."""
         config = self.config
-        while config.refill_uniform_groups and (groups := self.step_groups(step)) is not None:
-            useful = sum(not is_uniform(group) for group in groups)
+        while config.refill_uniform_groups and (results := self.step_results(step)) is not None:
+            useful = sum(int((~result.is_uniform_P).sum()) for result in results)
             missing = config.prompts_per_step - useful
-            room = (1 + REFILLS_AT_MOST) * config.prompts_per_step - len(groups)
+            room = (1 + REFILLS_AT_MOST) * config.prompts_per_step - sum(map(len, results))
             if min(missing, room) <= 0:
                 return
             for _ in range(0, min(missing, room), config.prompts_per_lease):
                 self._lease_next_prompts(step)
 
-    def _collected(self, lease_ids: Sequence[int] | None) -> list[RolloutGroup] | None:
+    def _collected(self, lease_ids: Sequence[int] | None) -> list[LeaseResult] | None:
         if lease_ids is None or not all(self._open[i].is_finished for i in lease_ids):
             return None
-        return [group for i in lease_ids for _, group in sorted(self._open[i].groups.items())]
+        return [result for i in lease_ids if (result := self._open[i].result) is not None]
 
     def _forget_before(self, step: int) -> None:
         for old in [s for s in self._leases_of_step if s < step]:
@@ -357,9 +372,24 @@ class RolloutStream:
             del self._start_of_step[old]
 
 
-def _signature(lease: Lease) -> tuple[int, str, tuple[str, ...]]:
+class _Group(NamedTuple):
+    """Where a group of a step is."""
+
+    result: LeaseResult
+    place: int
+    is_uniform: bool
+
+
+def _results(groups: Iterable[_Group]) -> tuple[LeaseResult, ...]:
+    """Return these groups as results, in their order."""
+    parts = (list(part) for _, part in groupby(groups, key=lambda group: group.result.lease_id))
+    return tuple(part[0].result.only([group.place for group in part]) for part in parts)
+
+
+def _signature(lease: Lease) -> Hashable:
     """Return what a lease is whenever it is made: ids are new after a rewind."""
-    return lease.step, lease.purpose, tuple(prompt.problem_id for prompt in lease.prompts)
+    problems = tuple(prompt.problem_id for prompt in lease.prompts)
+    return lease.step, lease.purpose, lease.positions, problems
 
 
 def what_is_set_aside(lease: Lease, deaths_allowed: int) -> str:
@@ -377,36 +407,34 @@ def what_is_set_aside(lease: Lease, deaths_allowed: int) -> str:
     )
 
 
-def is_uniform(group: RolloutGroup) -> bool:
-    """Return whether all rewards of a group are equal: it has nothing to teach."""
-    return len(set(group.glance.rewards)) == 1
-
-
-def describe(groups: Sequence[RolloutGroup], step: int) -> Metrics:
+def describe(results: Sequence[LeaseResult], step: int) -> Metrics:
     """Return what to plot about a step's groups; of none, that there are none."""
-    if not groups:
+    if not results:
         return {"reward/groups": 0}
-    seen = [(group, group.glance) for group in groups]
-    n = sum(len(glance.lengths) for _, glance in seen)
-    right = sum(glance.letters.count(group.prompt.answer_letter) for group, glance in seen)
-    no_letter = sum(glance.letters.count(None) for _, glance in seen)
-    sample_s = sum(group.sample_s for group in groups)
-    staleness = [step - group.weights_version for group in groups]
+    answers_B = np.concatenate([result.answers_PG.flatten() for result in results])
+    right_B = np.concatenate(
+        [np.repeat([asked[2] for asked in x.asked_P], x.answers_PG.shape[1]) for x in results]
+    )
+    groups_R = np.array([len(result) for result in results])
+    staleness_R = np.array([step - result.weights_version for result in results])
+    groups = int(groups_R.sum())
+    sample_s = sum(result.sample_s * len(result) for result in results)
     ages: Counter[int] = Counter()  # of tokens, in versions before the step's own
-    for _, glance in seen:
-        for version, tokens in glance.tokens_of_version.items():
-            ages[step - version] += tokens
+    for result, staleness in zip(results, staleness_R.tolist(), strict=True):
+        counts = np.bincount(result.newer_M) if result.newer_M.size else [len(result.tokens_M)]
+        for newer, tokens in enumerate(counts):
+            ages[staleness - newer] += int(tokens)
     return {
-        "reward/mean": sum(sum(glance.rewards) for _, glance in seen) / n,
-        "reward/accuracy": right / n,
-        "reward/committed_fraction": (n - no_letter) / n,
-        "reward/uniform_groups": sum(map(is_uniform, groups)),
-        "reward/groups": len(groups),
-        "rollout/length_mean": sum(sum(glance.lengths) for _, glance in seen) / n,
-        "rollout/cut_fraction": sum(glance.stopped.count(False) for _, glance in seen) / n,
-        "rollout/staleness_mean": sum(staleness) / len(staleness),
-        "rollout/staleness_max": max(staleness),
+        "reward/mean": float(answers_B["reward"].mean()),
+        "reward/accuracy": float((answers_B["letter"] == right_B).mean()),
+        "reward/committed_fraction": float((answers_B["letter"] != "").mean()),
+        "reward/uniform_groups": sum(int(result.is_uniform_P.sum()) for result in results),
+        "reward/groups": groups,
+        "rollout/length_mean": float(answers_B["length"].mean()),
+        "rollout/cut_fraction": float((~answers_B["stopped"]).mean()),
+        "rollout/staleness_mean": float(staleness_R @ groups_R) / groups,
+        "rollout/staleness_max": int(staleness_R.max()),
         "time/sample_s": sample_s,
-        "time/sample_per_worker_s": sample_s / len({group.worker for group in groups}),
-        "time/fetch_s": sum(group.fetch_s for group in groups),
-    } | {f"rollout/staleness_{age}": ages[age] / ages.total() for age in sorted(ages)}
+        "time/sample_per_worker_s": sample_s / len({result.worker for result in results}),
+        "time/fetch_s": sum(result.fetch_s * len(result) for result in results),
+    } | {f"rollout/staleness_{age}": ages[age] / ages.total() for age in sorted(+ages)}
