@@ -50,6 +50,8 @@ STEP = 64
 H100_GROUPS_PER_S = 1560 * 16 / (30 * 60) / 8
 """One H100's share of a nanochat-style run on AQuA: 1,560 steps of 16 prompts in 30
 minutes on 8 of them. It sampled and learned in turn, so a GPU that only samples does more."""
+OWN_GROUPS_PER_S = 131
+"""What aquarl's own engine samples on an H200 at depth 8: `ray_jobs/LOG.md`, 2026-11-26."""
 H100S, ROOM = 64, 10
 """Workers to be carried, and how many times their pace."""
 PATIENCE_S = 600.0
@@ -271,7 +273,8 @@ def page(found: dict[str, Any]) -> str:
         "began, by `python ray_jobs/control_plane.py`: the real stream actor and Ray's transport, "
         f"with workers that sleep instead of sampling, a learner that takes steps of at least "
         f"{STEP} prompts, and all of them on the same cores. A group is {GROUP} answers of "
-        f"{LENGTH} tokens with their text, {1000 * found['group_mb']:.0f} kB.",
+        f"{LENGTH} tokens with log-probabilities, and its prompt: "
+        f"{1000 * found['group_mb']:.0f} kB.",
         f"**Wanted:** {H100S} H100s at {ROOM} times the pace. A nanochat-style run on AQuA "
         "made 1,560 steps of 16 prompts in 30 minutes on 8 of them, "
         f"{H100_GROUPS_PER_S:.2f} groups/s each, so {goal:,.0f} groups/s. It sampled and learned "
@@ -305,7 +308,9 @@ def page(found: dict[str, Any]) -> str:
             f"{row['memory_mb']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "![the same as a plot](control_plane.png)", "", BEYOND])
+    told = BEYOND, "\n".join(textwrap.wrap(today(best), 100)), SHARDS
+    picture = "![the same as a plot](control_plane.png)"
+    return "\n".join([*lines, "", picture, *(line for text in told for line in ("", text)), ""])
 
 
 def carried(row: dict[str, Any], goal: float) -> str:
@@ -321,42 +326,53 @@ def carried(row: dict[str, Any], goal: float) -> str:
 
 def saturated(free: Sequence[dict[str, Any]]) -> str:
     """Return what was full first."""
-    if max(row["stream_cores"] for row in free) > 0.8:
+    most = max(row["stream_cores"] for row in free)
+    if most > 0.9:
         return "There the stream is full: it is one event loop, so about a core."
     return (
-        "The machine was full before the stream was: simulated workers, learner, Ray and whatever "
-        "else ran shared its cores, so the rate for each second of CPU time is what a stream on a "
-        "core of its own comes to."
+        f"The machine was full before the stream was, which used {most:.2f} cores at most: "
+        "simulated workers, learner and Ray shared its cores, so the rate for each second of CPU "
+        "time is what a stream on a core of its own comes to."
     )
 
 
 BEYOND = """\
 Lease: from a worker's question to its work, waiting for the step to open included. Submit: from
-the moment a lease's groups are yielded until the stream has booked them. Where workers do not wait,
+the moment a lease's result is yielded until the stream has booked it. Where workers do not wait,
 both are queueing, up to two leases a worker.
 
-A group travels packed: the stream reads rewards, letters and lengths, and passes the tokens on as
-bytes that the learner opens. Python takes some 0.1 ms a group (half of it making the prompt); most
-of the rest is Ray's price of a lease, a call and a streamed item. So the first remedy is a larger
-`rl.prompts_per_lease`. The end is one process that is one event loop, which with Ray's own threads
-beside it uses little more than a core.
+The answers of a lease travel as a few arrays: the stream reads rewards, letters and lengths, Ray
+passes the rest on without a copy, and the learner opens it. Prompts are made by who samples them.
+So what is left is Ray's price of a lease, a call and a streamed item: some 5 ms of the stream's CPU
+time over all its threads, beside 0.03 ms a prompt. Hence larger leases: `rl.prompts_per_lease`."""
 
-**What one GPU gives since.** aquarl's own engine samples 131 such groups a second on an H200 at
-depth 8 and 117 on an H100, and its learner takes as many (`ray_jobs/LOG.md`, 2026-11-26). So with
-32 prompts a lease a stream on a core is full with 13 to 17 such workers that do not wait. 64 of
-them would give 7,500 to 8,400 groups/s, about four times the most it carried; ten times that, the
-room wanted, is some 35 times out of one stream's reach, and one machine's network would carry 3 to
-4 GB/s of it. More than half of the loop's own time goes to making prompts when a step is opened:
-tokenising each anew, as its options come in another order in every epoch.
 
+def today(best: Sequence[dict[str, Any]]) -> str:
+    """Return what aquarl's own engine would ask of a stream."""
+    held = ", ".join(
+        f"{row['groups_per_s'] / OWN_GROUPS_PER_S:.0f} with {row['prompts_per_lease']}"
+        for row in best
+    )
+    theirs = H100S * OWN_GROUPS_PER_S
+    times = theirs * ROOM / best[-1]["groups_per_s"]
+    return (
+        f"**What one GPU gives since.** aquarl's own engine samples {OWN_GROUPS_PER_S} such "
+        "groups a second on an H200 at depth 8 and 117 on an H100, and its learner takes as many "
+        "(`ray_jobs/LOG.md`, 2026-11-26). So many H200s that do nothing but sample fill a stream "
+        f"of this machine: {held} prompts a lease. {H100S} of them give {theirs:,.0f} groups/s, "
+        f"{theirs * group_mb():.0f} MB/s; {ROOM} times that, room as wide as was wanted at first, "
+        f"takes {times:.1f} such streams with the largest leases here."
+    )
+
+
+SHARDS = """\
 **Beyond that: sharded streams.** Nothing but the position of the next prompt and the published
 version is shared among leases, so a run can have S stream actors, each with the workers and the
 learner ranks of its own: shard s gives prompts s, s + S, s + 2S, ... of each step, and rank r asks
 shard r mod S. The first rank publishes to all of them, one object reference each, and saves one
 frontier, which is the same position for all. What is lost is that a fast shard helps a slow one;
-`aquarl scale` would even that out by moving workers. This is a plan: it is wanted where more than
-a dozen of such GPUs do nothing but sample.
-"""
+`aquarl scale` would even that out by moving workers. This is a plan: it is wanted where a hundred
+of such GPUs do nothing but sample."""
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
