@@ -161,7 +161,7 @@ ANSWER = np.dtype(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LeaseResult:
     """All groups of a lease on their way from worker to learner, as arrays.
 
@@ -187,8 +187,9 @@ class LeaseResult:
     tokens_M: np.ndarray
     """`TOKEN`, one answer after the other."""
     newer_M: np.ndarray
-    """uint8: how many versions of the weights each token is newer than `weights_version`; empty
-    where they did not change on the way."""
+    """int32: how many versions of the weights each token is newer than `weights_version`; empty
+    where they did not change on the way. Negative for a lease that nobody wants any more, as the
+    learner went back while it was sampled."""
 
     def __len__(self) -> int:
         return len(self.index_P)
@@ -200,6 +201,12 @@ class LeaseResult:
         same: np.ndarray = (rewards_PG == rewards_PG[:, :1]).all(axis=1)
         return same
 
+    @property
+    def tokens_P(self) -> np.ndarray:
+        """Of all answers to a prompt."""
+        tokens: np.ndarray = self.answers_PG["length"].sum(axis=1)
+        return tokens
+
     @classmethod
     def of(cls, groups: Sequence[RolloutGroup]) -> LeaseResult:
         """Return the result of a lease with these groups, at least one, of as many answers each."""
@@ -208,11 +215,12 @@ class LeaseResult:
         tokens_M = np.empty(sum(len(rollout.ids) for rollout in rollouts), TOKEN)
         tokens_M["id"] = [i for rollout in rollouts for i in rollout.ids]
         tokens_M["logprob"] = [x for rollout in rollouts for x in rollout.logprobs]
+        has_changed = any(rollout.versions for rollout in rollouts)
         newer = [
             version - first.weights_version
             for rollout in rollouts
-            if any(rollout.versions for rollout in rollouts)
             for version in rollout.versions or (first.weights_version,) * len(rollout.ids)
+            if has_changed
         ]
         answers = [
             (len(rollout.ids), rollout.stopped, rollout.letter or "", rollout.reward, advantage)
@@ -230,7 +238,7 @@ class LeaseResult:
             prompt_ids_N=np.array([i for group in groups for i in group.prompt.ids], np.int32),
             answers_PG=np.array(answers, ANSWER).reshape(len(groups), len(first.rollouts)),
             tokens_M=tokens_M,
-            newer_M=np.array(newer, np.uint8),
+            newer_M=np.array(newer, np.int32),
         )
 
     def groups(self) -> Iterator[RolloutGroup]:
@@ -267,7 +275,6 @@ class LeaseResult:
             parts_P = np.split(flat, lengths_P.cumsum()[:-1])
             return np.concatenate([parts_P[p] for p in places])
 
-        tokens_P = self.answers_PG["length"].sum(axis=1)
         return replace(
             self,
             index_P=tuple(self.index_P[p] for p in places),
@@ -275,8 +282,8 @@ class LeaseResult:
             prompt_lengths_P=self.prompt_lengths_P[list(places)],
             prompt_ids_N=chosen(self.prompt_ids_N, self.prompt_lengths_P),
             answers_PG=self.answers_PG[list(places)],
-            tokens_M=chosen(self.tokens_M, tokens_P),
-            newer_M=chosen(self.newer_M, tokens_P),
+            tokens_M=chosen(self.tokens_M, self.tokens_P),
+            newer_M=chosen(self.newer_M, self.tokens_P),
         )
 
 

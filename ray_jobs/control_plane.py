@@ -342,9 +342,11 @@ the moment a lease's result is yielded until the stream has booked it. Where wor
 both are queueing, up to two leases a worker.
 
 The answers of a lease travel as a few arrays: the stream reads rewards, letters and lengths, Ray
-passes the rest on without a copy, and the learner opens it. Prompts are made by who samples them.
-So what is left is Ray's price of a lease, a call and a streamed item: some 5 ms of the stream's CPU
-time over all its threads, beside 0.03 ms a prompt. Hence larger leases: `rl.prompts_per_lease`."""
+passes the rest on without a copy, and the learner opens it. They lie in the object store of the
+stream's machine until the step after theirs is trained, so at most `rl.max_staleness` + 2 steps do.
+Prompts are made by who samples them. What is left is Ray's price of a lease, a call and a streamed
+item: some 5 ms of the stream's CPU time over all its threads, beside 0.03 ms a prompt. Hence larger
+leases: `rl.prompts_per_lease`."""
 
 
 def today(best: Sequence[dict[str, Any]]) -> str:

@@ -86,7 +86,7 @@ class Delayed(InProcess):
 
     def publish(self, weights: Weights) -> None:
         if not hasattr(self, "_newest"):
-            self._newest = deque[Weights](maxlen=self.config.max_staleness + 1)
+            self._newest = deque[Weights](maxlen=self.stream.config.max_staleness + 1)
         self._newest.append(weights)
         super().publish(self._newest[0])
 
@@ -103,8 +103,6 @@ def exact(config: Config) -> Rows:
     stream = Delayed(
         RolloutStream(source, config.rl),
         TorchSampler(GPT(model.shape), tokenizer.end_of_turn),
-        tokenizer,
-        config.rl,
     )
     rows: Rows = []
     train_policy(

@@ -195,8 +195,6 @@ def rl_in_process(tiny: str, run: Path, *settings: str) -> tuple[dict[str, Tenso
     stream = InProcess(
         RolloutStream(PromptSource(splits.train, words, config.run.seed), config.rl),
         TorchSampler(GPT(model.shape), words.end_of_turn, "cpu"),
-        words,
-        config.rl,
     )
     seen: list[Metrics] = []
     train_policy(

@@ -78,13 +78,13 @@ def employ(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class MortalWorker(RolloutWorker):
     def __init__(
-        self, name: str, config: Config, words: Any, make_sampler: Any, stream: Any
+        self, name: str, config: Config, source: Any, make_sampler: Any, stream: Any
     ) -> None:
         def broken() -> Any:
             raise RuntimeError(Path(config.run.dir, "broken").read_text())
 
         is_broken = Path(config.run.dir, "broken").is_file()
-        super().__init__(name, config, words, broken if is_broken else make_sampler, stream)
+        super().__init__(name, config, source, broken if is_broken else make_sampler, stream)
         self._run_dir, sample = config.run.dir, self._sampler.sample
         poison = Path(config.run.dir, "poison")
         self._poison = poison.read_text().split() if poison.is_file() else []
@@ -146,7 +146,7 @@ def employ_evaluation_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 class MortalStream(StreamActor):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        rollout_pool.RolloutWorker = MortalWorker  # type: ignore[misc, assignment]  # here only
+        rollout_pool.RolloutWorker = MortalWorker  # type: ignore[misc]  # here only
 
     async def publish(self, learner: str, weights: Weights) -> None:
         await super().publish(

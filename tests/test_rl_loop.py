@@ -118,7 +118,7 @@ class Run:
         self.learner = Learner(model, config)
         self.stream = RolloutStream(PromptSource(PROBLEMS, TOKENIZER, seed), config)
         sampler = TorchSampler(GPT(SHAPE), TOKENIZER.end_of_turn)
-        self.in_process = InProcess(self.stream, sampler, TOKENIZER, config)
+        self.in_process = InProcess(self.stream, sampler)
         self.curve: dict[int, Metrics] = {}
         self.validations: dict[int, Metrics] = {}
         self.saved: dict[int, tuple[int, dict[str, Tensor], dict[str, object]]] = {}

@@ -596,21 +596,25 @@ def test_where_weights_changed_on_the_way_each_token_counts_by_its_own() -> None
 
 
 def test_the_stream_passes_results_on_as_they_came_and_the_learner_finds_all_in_them() -> None:
+    """Some groups teach nothing and are refilled, so what the learner gets is cut from results."""
     stream = stream_of(refill_uniform_groups=True)
     stream.publish(0)
-    sent: list[RolloutGroup] = []
+    sent: list[LeaseResult] = []
+    useful: list[RolloutGroup] = []
     while (lease := stream.lease("w", 0.0)) is not None:
         groups = []
-        for group in finished(lease).groups():
+        for group in finished(lease, (1.0, 0.0), (0.0, float(lease.id % 2))).groups():
             told = (
                 replace(group.rollouts[0], letter="A", versions=(1,)),
                 replace(group.rollouts[1], logprobs=(-0.5, -1e-8), stopped=False),
             )
             groups.append(replace(group, rollouts=told, worker="w", sampled=(1.5, 2.5)))
-        sent += groups
-        assert stream.submit(pickle.loads(pickle.dumps(LeaseResult.of(groups))))
+            if told[0].reward != told[1].reward:
+                useful.append(groups[-1])
+        sent.append(LeaseResult.of(groups))
+        assert stream.submit(pickle.loads(pickle.dumps(sent[-1])))
     share = stream.step_share(0, 0, 1)
-    assert share is not None and len(share.groups) == 6
+    assert share is not None and len(share.groups) == len(useful) == 6 < 2 * len(sent)
     near = [  # log-probabilities are float32 values in any engine; here one is not
         replace(
             group,
@@ -619,9 +623,33 @@ def test_the_stream_passes_results_on_as_they_came_and_the_learner_finds_all_in_
                 for rollout in group.rollouts
             ),
         )
-        for group in sent
+        for group in useful
     ]
     assert list(pickle.loads(pickle.dumps(share)).groups) == near
+    assert share.metrics == describe(sent, 0) | {"reward/groups_set_aside": 0}
+
+
+def test_a_result_without_some_of_its_groups_is_refused_and_its_lease_stays_open() -> None:
+    stream = stream_of()
+    stream.publish(0)
+    lease = leased(stream)
+    with pytest.raises(ValueError, match="1 groups came for 2 prompts"):
+        stream.submit(finished(lease).only([0]))
+    submit(stream, lease)
+
+
+def test_a_learner_that_goes_back_leaves_results_with_tokens_of_older_weights() -> None:
+    """A worker changes weights while it samples: those of before are newer than those of now."""
+    stream = stream_of(max_staleness=2)
+    stream.publish(7)
+    result = finished(leased(stream))
+    stream.rewind(5, 30)
+    stream.publish(5)
+    (group, other) = result.groups()
+    rollouts = replace(group.rollouts[0], versions=(5,)), group.rollouts[1]
+    mixed = [replace(group, rollouts=rollouts), other]
+    assert list(LeaseResult.of(mixed).groups()) == mixed
+    assert not stream.submit(LeaseResult.of(mixed))
 
 
 def test_a_result_with_some_of_its_groups_has_all_that_is_theirs() -> None:

@@ -167,7 +167,7 @@ def _ray_share(
     splits = load_problems(config.data, config.run.seed)
     source = PromptSource(splits.train, words, config.run.seed, config.data.permute_options)
     sampler = TorchSampler(GPT(work.shape), words.end_of_turn)
-    alone = InProcess(RolloutStream(source, config.rl), sampler, words, config.rl)
+    alone = InProcess(RolloutStream(source, config.rl), sampler)
     seconds: dict[str, list[float]] = {"ray": [], "alone": [], "rest": []}
     with _ray(config), hired_stream(config, wanted=True) as actor:
         through = RayStream(config, actor)

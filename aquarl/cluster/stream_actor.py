@@ -262,7 +262,7 @@ class StreamActor:
         set_aside = [x for x in leases if x.deaths >= self._config.rl.lease_deaths]
         self._metrics.lost(set_aside)
         for lease in set_aside:
-            said = what_is_set_aside(lease, self._config.rl.lease_deaths)
+            said = what_is_set_aside(self._stream.filled(lease), self._config.rl.lease_deaths)
             logger.error("%s The last one: %s", said, why)
         has_started = not (isinstance(error, ActorDiedError) and error.actor_init_failed)
         # An error is as likely to be the engine's as the lease's, so each counts.

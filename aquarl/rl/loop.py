@@ -12,7 +12,6 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from aquarl.config import RLConfig
-from aquarl.data.tokenizer import Tokenizer
 from aquarl.evaluate.scores import majority_baseline, wilson_interval
 from aquarl.records import (
     LeaseResult,
@@ -175,10 +174,8 @@ def validate(
 class InProcess:
     """A `LearnerStream` that samples in the learner's own process when a step is asked for."""
 
-    def __init__(
-        self, stream: RolloutStream, sampler: Sampler, tokenizer: Tokenizer, config: RLConfig
-    ) -> None:
-        self.stream, self.sampler, self.tokenizer, self.config = stream, sampler, tokenizer, config
+    def __init__(self, stream: RolloutStream, sampler: Sampler) -> None:
+        self.stream, self.sampler = stream, sampler
 
     def publish(self, weights: Weights) -> None:
         self.sampler.load_weights(weights)
@@ -204,14 +201,14 @@ class InProcess:
         """Take one lease and finish it."""
         lease = self.stream.lease("in process", time.monotonic())
         assert lease is not None, "a step that is not complete has a lease to give"
-        lease = self.stream.source.filled(lease, self.config.rollouts_per_prompt)
+        lease = self.stream.filled(lease)
         sampled_from, started = time.time(), time.perf_counter()
         rollouts = self.sampler.sample(lease.prompts, lease.seeds, lease.sampling)
         groups = scored_groups(
             lease,
             rollouts,
-            self.tokenizer,
-            self.config,
+            self.stream.source.tokenizer,
+            self.stream.config,
             weights_version=self.sampler.version,
             sample_s=time.perf_counter() - started,
             worker="in process",

@@ -97,11 +97,16 @@ class RolloutStream:
         return free.lease
 
     def submit(self, result: LeaseResult) -> bool:
-        """Take the result of a lease. False: it was late or a repeat, and is dropped."""
+        """Take the result of a lease. False: it was late or a repeat, and is dropped.
+
+        Raises: ValueError, where groups are missing; the lease is still open then.
+        """
         entry = self._open.get(result.lease_id)
         if entry is None or entry.is_finished:
             self.counts["late"] += len(result)
             return False
+        if len(result) != len(entry.lease):
+            raise ValueError(f"{len(result)} groups came for {len(entry.lease)} prompts.")
         entry.result = result
         self.counts["groups"] += len(result)
         self._when_finished(entry)
@@ -131,7 +136,7 @@ class RolloutStream:
             entry.lease = replace(entry.lease, deaths=entry.lease.deaths + 1)
             if entry.lease.deaths >= self.config.lease_deaths:
                 self._set_aside(entry)
-        return [self._filled(entry) for entry in freed]
+        return [entry.lease for entry in freed]
 
     def overdue(self, now_s: float) -> set[str]:
         """Return the workers that have had a lease for longer than `lease_timeout_s`."""
@@ -167,9 +172,11 @@ class RolloutStream:
                 self._set_aside(self._open[lease_id])
             results = []
         groups = [
-            _Group(result, place, is_uniform)
+            _Group(result, place, is_uniform, tokens)
             for result in results
-            for place, is_uniform in enumerate(result.is_uniform_P.tolist())
+            for place, (is_uniform, tokens) in enumerate(
+                zip(result.is_uniform_P.tolist(), result.tokens_P.tolist(), strict=True)
+            )
         ]
         counted, others = groups, []
         if self.config.refill_uniform_groups:
@@ -178,13 +185,12 @@ class RolloutStream:
         # Each rank needs a group. One that is there for that alone is not counted: the same step
         # has the same gradient whatever the number of ranks.
         trained = counted + others[: max(0, world - len(counted))]
-        all_counted = _results(counted)
+        aside = [self._open[lease_id].lease for lease_id in self._set_aside_of(step)]
         return StepShare(
             results=_results(trained[rank::world]),
-            tokens_in_step=sum(len(result.tokens_M) for result in all_counted),
-            rollouts_in_step=sum(result.answers_PG.size for result in all_counted),
-            metrics=describe(results, step)
-            | {"reward/groups_set_aside": sum(map(len, self.set_aside(step)))},
+            tokens_in_step=sum(group.tokens for group in counted),
+            rollouts_in_step=sum(group.result.answers_PG.shape[1] for group in counted),
+            metrics=describe(results, step) | {"reward/groups_set_aside": sum(map(len, aside))},
             is_padding=rank >= len(counted) > 0,
         )
 
@@ -194,11 +200,14 @@ class RolloutStream:
 
     def set_aside(self, step: int) -> list[Lease]:
         """Return the leases of a step that it is trained without, with their prompts."""
-        entries = [self._open[lease_id] for lease_id in self._leases_of_step.get(step, ())]
-        return [self._filled(entry) for entry in entries if entry.is_set_aside]
+        return [self.filled(self._open[lease_id].lease) for lease_id in self._set_aside_of(step)]
 
-    def _filled(self, entry: _Open) -> Lease:
-        return self.source.filled(entry.lease, self.config.rollouts_per_prompt)
+    def _set_aside_of(self, step: int) -> list[int]:
+        return [i for i in self._leases_of_step.get(step, ()) if self._open[i].is_set_aside]
+
+    def filled(self, lease: Lease) -> Lease:
+        """Return a lease with its prompts and seeds."""
+        return self.source.filled(lease, self.config.rollouts_per_prompt)
 
     def frontier(self, step: int) -> int:
         """Return the position of the first prompt of a step: where to resume it."""
@@ -262,7 +271,8 @@ class RolloutStream:
         return self._ready_for(step) / allowed
 
     def _ready_for(self, step: int) -> int:
-        return sum(len(e.result) for e in self._open.values() if e.result and e.lease.step >= step)
+        entries = [entry for entry in self._open.values() if entry.lease.step >= step]
+        return sum(len(entry.result) for entry in entries if entry.result is not None)
 
     def holders(self) -> dict[str, int]:
         """Return which worker holds how many unfinished leases."""
@@ -378,6 +388,7 @@ class _Group(NamedTuple):
     result: LeaseResult
     place: int
     is_uniform: bool
+    tokens: int
 
 
 def _results(groups: Iterable[_Group]) -> tuple[LeaseResult, ...]:
