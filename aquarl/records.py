@@ -8,8 +8,7 @@ width, L layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -162,10 +161,82 @@ ANSWER = np.dtype(
 
 
 @dataclass(frozen=True, eq=False)
-class LeaseResult:
-    """All groups of a lease on their way from worker to learner, as arrays.
+class PackedGroups:
+    """What a learner trains on: P prompts with G answers each, as arrays.
 
-    The stream between them reads what it needs and passes them on; Ray moves them without a copy.
+    All prompts' N ids stand one after the other, and all answers' M tokens.
+    """
+
+    prompt_lengths_P: np.ndarray
+    prompt_ids_N: np.ndarray
+    """int32"""
+    answers_PG: np.ndarray
+    """`ANSWER`"""
+    tokens_M: np.ndarray
+    """`TOKEN`"""
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths_P)
+
+    @property
+    def tokens_P(self) -> np.ndarray:
+        """How many tokens all answers to a prompt have."""
+        tokens: np.ndarray = self.answers_PG["length"].sum(axis=1)
+        return tokens
+
+    @property
+    def is_uniform_P(self) -> np.ndarray:
+        """Whether all rewards of a group are equal: it has nothing to teach."""
+        rewards_PG = self.answers_PG["reward"]
+        same: np.ndarray = (rewards_PG == rewards_PG[:, :1]).all(axis=1)
+        return same
+
+    @classmethod
+    def of(cls, groups: Sequence[RolloutGroup]) -> PackedGroups:
+        """Return these groups, at least one, of as many answers each."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        tokens_M = np.empty(sum(len(rollout.ids) for rollout in rollouts), TOKEN)
+        tokens_M["id"] = [i for rollout in rollouts for i in rollout.ids]
+        tokens_M["logprob"] = [x for rollout in rollouts for x in rollout.logprobs]
+        answers = [
+            (len(rollout.ids), rollout.stopped, rollout.letter or "", rollout.reward, advantage)
+            for group in groups
+            for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+        ]
+        return cls(
+            prompt_lengths_P=np.array([len(group.prompt.ids) for group in groups]),
+            prompt_ids_N=np.array([i for group in groups for i in group.prompt.ids], np.int32),
+            answers_PG=np.array(answers, ANSWER).reshape(len(groups), len(groups[0].rollouts)),
+            tokens_M=tokens_M,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedGroups]) -> PackedGroups:
+        """Return all groups of these parts, at least one, in their order."""
+        names = [field.name for field in fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def only(self, places: Sequence[int]) -> PackedGroups:
+        """Return some of the groups, by their order here."""
+        return PackedGroups(
+            self.prompt_lengths_P[places],
+            parts_of(self.prompt_ids_N, self.prompt_lengths_P, places),
+            self.answers_PG[places],
+            parts_of(self.tokens_M, self.tokens_P, places),
+        )
+
+
+def parts_of(flat: np.ndarray, lengths: np.ndarray, places: Sequence[int]) -> np.ndarray:
+    """Return some parts of what stands one after the other."""
+    parts = np.split(flat, lengths.cumsum())
+    return np.concatenate([flat[:0], *(parts[place] for place in places)])
+
+
+@dataclass(frozen=True, eq=False)
+class LeaseResult:
+    """All groups of a lease on their way from worker to learner.
+
+    The stream between them reads what it needs and passes them on; Ray moves arrays without a copy.
     """
 
     lease_id: int
@@ -179,13 +250,7 @@ class LeaseResult:
     index_P: tuple[int, ...]
     asked_P: tuple[tuple[str, str, str], ...]
     """Of each prompt its problem, the letters of that, and the right one."""
-    prompt_lengths_P: np.ndarray
-    prompt_ids_N: np.ndarray
-    """int32, one prompt after the other."""
-    answers_PG: np.ndarray
-    """`ANSWER`"""
-    tokens_M: np.ndarray
-    """`TOKEN`, one answer after the other."""
+    packed: PackedGroups
     newer_M: np.ndarray
     """int32: how many versions of the weights each token is newer than `weights_version`; empty
     where they did not change on the way. Negative for a lease that nobody wants any more, as the
@@ -194,73 +259,48 @@ class LeaseResult:
     def __len__(self) -> int:
         return len(self.index_P)
 
-    @property
-    def is_uniform_P(self) -> np.ndarray:
-        """Whether all rewards of a group are equal: it has nothing to teach."""
-        rewards_PG = self.answers_PG["reward"]
-        same: np.ndarray = (rewards_PG == rewards_PG[:, :1]).all(axis=1)
-        return same
-
-    @property
-    def tokens_P(self) -> np.ndarray:
-        """Of all answers to a prompt."""
-        tokens: np.ndarray = self.answers_PG["length"].sum(axis=1)
-        return tokens
-
     @classmethod
     def of(cls, groups: Sequence[RolloutGroup]) -> LeaseResult:
         """Return the result of a lease with these groups, at least one, of as many answers each."""
-        first = groups[0]
+        version = groups[0].weights_version
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        tokens_M = np.empty(sum(len(rollout.ids) for rollout in rollouts), TOKEN)
-        tokens_M["id"] = [i for rollout in rollouts for i in rollout.ids]
-        tokens_M["logprob"] = [x for rollout in rollouts for x in rollout.logprobs]
         has_changed = any(rollout.versions for rollout in rollouts)
         newer = [
-            version - first.weights_version
+            of_token - version
             for rollout in rollouts
-            for version in rollout.versions or (first.weights_version,) * len(rollout.ids)
+            for of_token in rollout.versions or (version,) * len(rollout.ids)
             if has_changed
         ]
-        answers = [
-            (len(rollout.ids), rollout.stopped, rollout.letter or "", rollout.reward, advantage)
-            for group in groups
-            for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
-        ]
         return cls(
-            **{name: getattr(first, name) for name in _OF_ALL},
+            **{name: getattr(groups[0], name) for name in _OF_ALL},
             index_P=tuple(group.index for group in groups),
             asked_P=tuple(
                 (group.prompt.problem_id, group.prompt.letters, group.prompt.answer_letter)
                 for group in groups
             ),
-            prompt_lengths_P=np.array([len(group.prompt.ids) for group in groups]),
-            prompt_ids_N=np.array([i for group in groups for i in group.prompt.ids], np.int32),
-            answers_PG=np.array(answers, ANSWER).reshape(len(groups), len(first.rollouts)),
-            tokens_M=tokens_M,
+            packed=PackedGroups.of(groups),
             newer_M=np.array(newer, np.int32),
         )
 
     def groups(self) -> Iterator[RolloutGroup]:
         """Yield what this was made of: log-probabilities as the float32 values they are."""
-        about = {name: getattr(self, name) for name in _OF_ALL}
-        prompts = _cut(self.prompt_ids_N, self.prompt_lengths_P)
-        lengths_B = self.answers_PG["length"].flatten()
-        ids, logprobs = (_cut(self.tokens_M[name], lengths_B) for name in ("id", "logprob"))
+        packed, about = self.packed, {name: getattr(self, name) for name in _OF_ALL}
+        prompts = _cut(packed.prompt_ids_N, packed.prompt_lengths_P)
+        lengths_B = packed.answers_PG["length"].flatten()
+        ids, logprobs = (_cut(packed.tokens_M[name], lengths_B) for name in ("id", "logprob"))
         newer = _cut(self.newer_M, lengths_B)  # none of each, where there are none
         for p, (problem, letters, right) in enumerate(self.asked_P):
             rollouts, advantages = [], []
-            for _, stopped, letter, reward, advantage in self.answers_PG[p].tolist():
+            for _, stopped, letter, reward, advantage in packed.answers_PG[p].tolist():
                 newer_T = next(newer)
                 versions = tuple(self.weights_version + n for n in newer_T) if any(newer_T) else ()
                 rollouts.append(
                     Rollout(next(ids), next(logprobs), stopped, versions, letter or None, reward)
                 )
                 advantages.append(advantage)
-            prompt = Prompt(problem, next(prompts), letters, right)
             yield RolloutGroup(
                 index=self.index_P[p],
-                prompt=prompt,
+                prompt=Prompt(problem, next(prompts), letters, right),
                 rollouts=tuple(rollouts),
                 advantages=tuple(advantages),
                 **about,
@@ -270,20 +310,12 @@ class LeaseResult:
         """Return the result with some of its groups, by their order here."""
         if list(places) == list(range(len(self))):
             return self
-
-        def chosen(flat: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
-            parts_P = np.split(flat, lengths_P.cumsum()[:-1])
-            return np.concatenate([parts_P[p] for p in places])
-
         return replace(
             self,
-            index_P=tuple(self.index_P[p] for p in places),
-            asked_P=tuple(self.asked_P[p] for p in places),
-            prompt_lengths_P=self.prompt_lengths_P[list(places)],
-            prompt_ids_N=chosen(self.prompt_ids_N, self.prompt_lengths_P),
-            answers_PG=self.answers_PG[list(places)],
-            tokens_M=chosen(self.tokens_M, self.tokens_P),
-            newer_M=chosen(self.newer_M, self.tokens_P),
+            index_P=tuple(self.index_P[place] for place in places),
+            asked_P=tuple(self.asked_P[place] for place in places),
+            packed=self.packed.only(places),
+            newer_M=parts_of(self.newer_M, self.packed.tokens_P, places),
         )
 
 
@@ -336,10 +368,11 @@ class StepShare:
     is_padding: bool = False
     """Its one group is there for the exchange of gradients alone: it is not counted."""
 
-    @cached_property
-    def groups(self) -> tuple[RolloutGroup, ...]:
-        """This rank's, opened."""
-        return tuple(group for result in self.results for group in result.groups())
+    @property
+    def packed(self) -> PackedGroups | None:
+        """This rank's groups; None where the whole step was set aside."""
+        parts = [result.packed for result in self.results]
+        return PackedGroups.joined(parts) if parts else None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from aquarl.data.tokenizer import Tokenizer
 from aquarl.model.gpt import GPT
 from aquarl.model.shape import Shape
-from aquarl.records import Lease, Prompt, Rollout, RolloutGroup, Sampling, Weights
+from aquarl.records import Lease, PackedGroups, Prompt, Rollout, RolloutGroup, Sampling, Weights
 
 REAL = Path(os.environ.get("AQUARL_DATA") or Path(__file__).parents[2] / "shared" / "data")
 """Where the real data sets are, if they are anywhere."""
@@ -141,6 +141,9 @@ def small_disk(folder: Path, kibibytes: int) -> Iterator[Path]:
 
 def random_ids(shape: tuple[int, ...], vocab: int = 64, seed: int = 0) -> Tensor:
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+packed = PackedGroups.of
 
 
 def make_group(

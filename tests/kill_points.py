@@ -106,7 +106,7 @@ class MortalWorker(RolloutWorker):
     def run(self) -> Iterator[LeaseResult]:
         for result in super().run():
             yield result
-            is_training = result.answers_PG.shape[1] > 1
+            is_training = result.packed.answers_PG.shape[1] > 1
             if is_training and result.weights_version >= FROM_STEP:  # it is on its way
                 die_once(self._run_dir, "submit")
 

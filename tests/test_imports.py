@@ -181,9 +181,9 @@ def test_a_learner_steps_and_resumes_without_torchs_compiler() -> None:
         "import sys\n"
         "from aquarl.config import RLConfig\n"
         "from aquarl.rl.learner import Learner\n"
-        "from tests.fakes import make_group, random_model\n"
+        "from tests.fakes import make_group, packed, random_model\n"
         "learner = Learner(random_model(), RLConfig())\n"
-        "learner.update([make_group([1, 2], [[3], [4]])], 2, 2)\n"
+        "learner.update(packed([make_group([1, 2], [[3], [4]])]), 2, 2)\n"
         "learner.load_state(learner.state())\n"
         "print(learner.step, 'torch._dynamo' in sys.modules)"
     )

@@ -18,7 +18,7 @@ from aquarl.model.gpt import GPT
 from aquarl.records import Metrics, Prompt, RolloutGroup, Sampling, TrainBatch
 from aquarl.rl.batch import build_batch
 from aquarl.rl.learner import Learner, Scorer, Sums
-from tests.fakes import make_group, random_ids, random_model
+from tests.fakes import make_group, packed, random_ids, random_model
 
 VOCAB, STOP, G = 40, 3, 5
 
@@ -78,7 +78,7 @@ def test_scores_are_those_of_plain_rows_and_so_are_their_gradients(temperature: 
         model = policy()
         expected = plain_logprobs(model, groups, temperature)
         if is_shared:
-            batch = build_batch(groups, *counts(groups))
+            batch = build_batch(packed(groups), *counts(groups))
             logprobs_BT, _ = Scorer(model, temperature)(batch)
             assert logprobs_BT[~batch.is_sampled_BT].count_nonzero() == 0
             scored = list(logprobs_BT[batch.is_sampled_BT].split([len(e) for e in expected]))
@@ -98,7 +98,7 @@ def test_scores_are_those_of_plain_rows_and_so_are_their_gradients(temperature: 
 def test_learner_and_sampler_mean_the_same_distribution(temperature: float) -> None:
     model = policy()
     groups = sampled_groups(model, P=8, temperature=temperature)
-    batch = build_batch(groups, *counts(groups))
+    batch = build_batch(packed(groups), *counts(groups))
     logprobs_BT, entropy = Scorer(model, temperature)(batch)
     gap_BT = (logprobs_BT - batch.behaviour_logprobs_BT).abs()
     assert gap_BT[batch.is_sampled_BT].mean() < 1e-4
@@ -112,7 +112,7 @@ def test_a_sampler_in_bf16_stays_near_the_learner() -> None:
     sampler = TorchSampler(policy(seed=7), STOP, dtype=torch.bfloat16)
     sampler.load_weights(learner.weights())
     groups = sampled_groups(learner.model, P=8, sampler=sampler)
-    metrics = learner.update(groups, *counts(groups))
+    metrics = learner.update(packed(groups), *counts(groups))
     assert 1e-4 < metrics["policy/logprob_gap"] < 0.03
     assert 0 < metrics["policy/kl_from_sampler"] < 0.01
 
@@ -120,7 +120,7 @@ def test_a_sampler_in_bf16_stays_near_the_learner() -> None:
 def test_an_answer_of_one_token_is_scored_from_its_prompt_alone() -> None:
     model = policy()
     groups = [make_group([1, 2, 3], [[7], [STOP]]), make_group([4], [[5], [6]])]
-    logprobs_BT, _ = Scorer(model, 1.0)(build_batch(groups, 4, 4))
+    logprobs_BT, _ = Scorer(model, 1.0)(build_batch(packed(groups), 4, 4))
     assert logprobs_BT.shape == (4, 1)
     expected = torch.stack(plain_logprobs(model, groups, 1.0))
     torch.testing.assert_close(logprobs_BT, expected, rtol=1e-4, atol=1e-5)
@@ -129,7 +129,7 @@ def test_an_answer_of_one_token_is_scored_from_its_prompt_alone() -> None:
 def updated(groups: list[RolloutGroup], steps: int = 1, **settings: object) -> dict[str, Tensor]:
     learner = Learner(policy(), RLConfig(warmdown=0.0, **settings))
     for _ in range(steps):
-        learner.update(groups, *counts(groups))
+        learner.update(packed(groups), *counts(groups))
     return dict(learner.model.state_dict())
 
 
@@ -181,7 +181,7 @@ def test_the_mean_of_the_ranks_gradients_is_the_gradient_of_the_step(loss: str) 
 
         learner.config = config.model_copy(update={"clip_norm": 1e9})
         learner.optimizer.step = keep  # type: ignore[method-assign]
-        learner.update(groups[rank::world], *counts(groups))
+        learner.update(packed(groups[rank::world]), *counts(groups))
         return kept
 
     whole = gradients(0, 1)
@@ -215,7 +215,7 @@ def test_groups_that_teach_nothing_cost_no_gradient_and_are_counted_as_ever() ->
     for kl_weight in (0.0, 1e-30):
         learner = Learner(policy(), RLConfig(kl_weight=kl_weight), reference=policy())
         gone_back = count_rows(learner)
-        found = learner.update(groups, *counts(groups))
+        found = learner.update(packed(groups), *counts(groups))
         norms.append(found.pop("learner/grad_norm"))
         metrics.append(
             {k: v for k, v in found.items() if k not in ("policy/kl_from_sft", "time/learn_s")}
@@ -236,7 +236,7 @@ def test_a_rank_that_only_pads_has_no_share_in_gradient_and_sums() -> None:
     learner = Learner(
         policy(), RLConfig(kl_weight=0.5), reference=policy(seed=5), total=with_another_rank
     )
-    metrics = learner.update(groups, *counts(groups), is_padding=True)
+    metrics = learner.update(packed(groups), *counts(groups), is_padding=True)
     assert metrics["learner/grad_norm"] == 0
     for name in ("policy/kl_from_sft", "policy/ratio_mean", "policy/entropy", "loss/policy"):
         assert metrics[name] == 0.5, "the other rank's alone"
@@ -245,7 +245,7 @@ def test_a_rank_that_only_pads_has_no_share_in_gradient_and_sums() -> None:
 def test_a_step_without_advantages_changes_nothing_but_the_step() -> None:
     groups = sampled_groups(policy(), advantages=False)
     learner = Learner(policy(), RLConfig(optimizer="adamw"))
-    metrics = learner.update(groups, *counts(groups))
+    metrics = learner.update(packed(groups), *counts(groups))
     assert metrics["learner/grad_norm"] == 0
     torch.testing.assert_close(learner.model.state_dict(), policy().state_dict(), rtol=0, atol=0)
     assert learner.step == 1
@@ -254,10 +254,10 @@ def test_a_step_without_advantages_changes_nothing_but_the_step() -> None:
 @pytest.mark.parametrize("loss", ["reinforce", "ppo", "gspo", "cispo"])
 def test_what_was_rewarded_becomes_likelier_and_the_rest_less(loss: str) -> None:
     groups = sampled_groups(policy())
-    batch = build_batch(groups, *counts(groups))
+    batch = build_batch(packed(groups), *counts(groups))
     learner = Learner(policy(), RLConfig(loss=loss, lr_scale=0.1))
     before, _ = learner.scorer(batch)
-    metrics = learner.update(groups, *counts(groups))
+    metrics = learner.update(packed(groups), *counts(groups))
     after, _ = learner.scorer(batch)
     gained = ((after - before).sum(dim=1) * batch.advantages_B).sum()
     assert gained > 0
@@ -268,9 +268,11 @@ def test_what_was_rewarded_becomes_likelier_and_the_rest_less(loss: str) -> None
 def test_the_kl_term_is_logged_apart_and_is_0_at_the_reference() -> None:
     groups = sampled_groups(policy(), advantages=False)
     config = RLConfig(kl_weight=0.5)
-    same = Learner(policy(), config, reference=policy()).update(groups, *counts(groups))
+    same = Learner(policy(), config, reference=policy()).update(packed(groups), *counts(groups))
     assert same["policy/kl_from_sft"] == pytest.approx(0, abs=1e-9)
-    far = Learner(policy(), config, reference=policy(seed=5)).update(groups, *counts(groups))
+    far = Learner(policy(), config, reference=policy(seed=5)).update(
+        packed(groups), *counts(groups)
+    )
     assert far["policy/kl_from_sft"] > 0.1
     assert far["loss/policy"] == pytest.approx(0.5 * far["policy/kl_from_sft"], rel=1e-4)
 
@@ -279,15 +281,15 @@ def test_a_resumed_learner_goes_on_bit_for_bit() -> None:
     groups, config = sampled_groups(policy()), RLConfig(steps=6)
     whole, first = Learner(policy(), config), Learner(policy(), config)
     for _ in range(5):
-        whole.update(groups, *counts(groups))
+        whole.update(packed(groups), *counts(groups))
     for _ in range(3):
-        first.update(groups, *counts(groups))
+        first.update(packed(groups), *counts(groups))
     resumed = Learner(policy(seed=8), config)
     resumed.model.load_state_dict(first.model.state_dict())
     resumed.load_state(first.state())
     assert resumed.step == 3
     for _ in range(2):
-        resumed.update(groups, *counts(groups))
+        resumed.update(packed(groups), *counts(groups))
     torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(resumed.state(), whole.state(), rtol=0, atol=0)
 
@@ -295,7 +297,7 @@ def test_a_resumed_learner_goes_on_bit_for_bit() -> None:
 def test_published_weights_are_the_policys_and_carry_its_step() -> None:
     groups, learner = sampled_groups(policy()), Learner(policy(), RLConfig())
     assert learner.weights().version == 0
-    learner.update(groups, *counts(groups))
+    learner.update(packed(groups), *counts(groups))
     received = policy(seed=4)
     load_flat(received, learner.weights())
     assert learner.weights().version == 1
@@ -310,7 +312,8 @@ def rank_of_a_group(rank: int, world: int, folder: str) -> None:
     learner = Learner(policy(), RLConfig(micro_prompts=2), parallel=ddp, rank=rank, world=world)
     groups = sampled_groups(policy(), P=7)
     norms = [
-        learner.update(groups[rank::world], *counts(groups))["learner/grad_norm"] for _ in range(3)
+        learner.update(packed(groups[rank::world]), *counts(groups))["learner/grad_norm"]
+        for _ in range(3)
     ]
     torch.save(norms, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -328,6 +331,8 @@ def test_two_processes_learn_as_one_does(tmp_path: Path) -> None:
         process.join(timeout=120)
         assert process.exitcode == 0
     groups, alone = sampled_groups(policy(), P=7), Learner(policy(), RLConfig(micro_prompts=2))
-    expected = [alone.update(groups, *counts(groups))["learner/grad_norm"] for _ in range(3)]
+    expected = [
+        alone.update(packed(groups), *counts(groups))["learner/grad_norm"] for _ in range(3)
+    ]
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(expected, rel=1e-3)

@@ -102,7 +102,7 @@ def test_a_step_is_given_when_it_is_complete_whatever_the_order_of_arrival() -> 
             assert stream.submit(result)
         share = stream.step_share(0, 0, 1)
         assert share is not None
-        orders.add(tuple(problems_of(share.groups)))
+        orders.add(tuple(problems_of(groups_of(share.results))))
     assert len(orders) == 1
 
 
@@ -113,13 +113,13 @@ def test_ranks_share_a_step_and_all_know_its_counts() -> None:
     shares = [stream.step_share(0, rank, 4) for rank in range(4)]
     whole = stream.step_results(0)
     assert whole is not None
-    held = [group for share in shares if share for group in share.groups]
+    held = [group for share in shares if share for group in groups_of(share.results)]
     assert sorted(problems_of(held)) == sorted(problems_of(groups_of(whole)))
-    assert [share and problems_of(share.groups) for share in shares] == [
+    assert [share and problems_of(groups_of(share.results)) for share in shares] == [
         problems_of(groups_of(whole)[rank::4]) for rank in range(4)
     ]
     for share in shares:
-        assert share is not None and share.groups
+        assert share is not None and groups_of(share.results)
         assert (share.tokens_in_step, share.rollouts_in_step) == (6 * 3, 6 * 2)
         assert share.metrics == describe(whole, 0) | {"reward/groups_set_aside": 0}
 
@@ -225,7 +225,9 @@ def test_a_lease_that_workers_die_over_is_set_aside_and_its_step_goes_on() -> No
 
     share = stream.step_share(0, 0, 1)
     assert share is not None
-    assert problems_of(share.groups) == [p.problem_id for x in others for p in x.prompts]
+    assert problems_of(groups_of(share.results)) == [
+        p.problem_id for x in others for p in x.prompts
+    ]
     assert (share.tokens_in_step, share.rollouts_in_step) == (4 * 3, 4 * 2), "of what is trained"
     assert share.metrics["reward/groups_set_aside"] == 2
     assert [lease.id for lease in stream.set_aside(0)] == [first.id]
@@ -257,7 +259,7 @@ def test_a_lease_once_set_aside_is_not_tried_again_when_a_learner_goes_back() ->
     after = stream.step_share(0, 0, 1)
     assert bad.prompts not in [lease.prompts for lease in given] and len(given) == 2
     assert before is not None and after is not None
-    assert problems_of(after.groups) == problems_of(before.groups)
+    assert problems_of(groups_of(after.results)) == problems_of(groups_of(before.results))
     assert after.metrics == before.metrics
     stream.publish(1)
     assert len(work_off(stream)) == 3, "the same problems in a later step are a new question"
@@ -270,7 +272,7 @@ def test_a_step_with_too_few_groups_for_its_ranks_passes_for_all_of_them() -> No
     stream.lost("dies")
     work_off(stream)
     shares = [stream.step_share(0, rank, 3) for rank in range(3)]
-    assert [share and share.groups for share in shares] == [(), (), ()]
+    assert [share and share.results for share in shares] == [(), (), ()]
     assert {share.rollouts_in_step for share in shares if share} == {0}
     assert stream.step_results(0) == [] and len(stream.set_aside(0)) == 2
     said = [what_is_set_aside(lease, deaths_allowed=1) for lease in stream.set_aside(0)]
@@ -287,7 +289,7 @@ def test_in_place_of_a_lease_that_is_set_aside_others_are_refilled() -> None:
     stream.lost("dies")
     assert len(work_off(stream)) == 3, "two of the step, and one for the one that is missing"
     share = stream.step_share(0, 0, 1)
-    assert share is not None and len(share.groups) == 6
+    assert share is not None and len(groups_of(share.results)) == 6
     assert stream.frontier(1) == 8
 
 
@@ -348,7 +350,7 @@ def test_under_any_timing_every_problem_is_trained_once_an_epoch(eta: int) -> No
             share = stream.step_share(step, 0, 1)
             if share is not None:
                 assert share.metrics["rollout/staleness_max"] <= eta
-                trained += problems_of(share.groups)
+                trained += problems_of(groups_of(share.results))
                 step += 1
                 stream.publish(step)
         assert now_s < 100_000
@@ -365,7 +367,7 @@ def test_a_rewound_stream_gives_the_same_steps_again() -> None:
         work_off(stream)
         share = stream.step_share(step, 0, 1)
         assert share is not None
-        given.append(problems_of(share.groups))
+        given.append(problems_of(groups_of(share.results)))
         if step == 1:
             frontier = stream.frontier(2)  # as saved after two updates
     assert frontier == 12
@@ -375,7 +377,7 @@ def test_a_rewound_stream_gives_the_same_steps_again() -> None:
         stream.publish(step)
         work_off(stream)
         share = stream.step_share(step, 0, 1)
-        assert share is not None and problems_of(share.groups) == given[step]
+        assert share is not None and problems_of(groups_of(share.results)) == given[step]
 
 
 def test_after_a_rewind_nothing_is_sampled_with_weights_of_updates_that_were_undone() -> None:
@@ -479,7 +481,7 @@ def test_uniform_groups_are_counted_and_trained_with_the_rest_by_default() -> No
     submit(stream, leased(stream), (1, 1))
     work_off(stream)
     share = stream.step_share(0, 0, 1)
-    assert share is not None and len(share.groups) == 6
+    assert share is not None and len(groups_of(share.results)) == 6
     assert share.metrics["reward/uniform_groups"] == 2
 
 
@@ -493,7 +495,7 @@ def test_refilling_samples_further_problems_in_place_of_uniform_groups() -> None
     refills = work_off(stream)
     assert [lease.step for lease in refills] == [0, 0]
     share = stream.step_share(0, 0, 1)
-    assert share is not None and len(share.groups) == 6
+    assert share is not None and len(groups_of(share.results)) == 6
     assert (share.tokens_in_step, share.rollouts_in_step) == (18, 12)
     assert share.metrics["reward/groups"] == 10 and share.metrics["reward/uniform_groups"] == 4
     assert stream.frontier(1) == 10, "the next step begins after the refills"
@@ -509,7 +511,7 @@ def test_refilling_ends_where_nothing_helps() -> None:
         leases += 1
     assert leases == 4 * 3
     share = stream.step_share(0, 0, 1)
-    assert share is not None and len(share.groups) == 24
+    assert share is not None and len(groups_of(share.results)) == 24
 
 
 def test_each_rank_gets_a_group_even_where_few_are_useful() -> None:
@@ -521,14 +523,16 @@ def test_each_rank_gets_a_group_even_where_few_are_useful() -> None:
     counted = set()
     for rank in range(3):
         share = stream.step_share(0, rank, 3)
-        assert share is not None and share.groups
+        assert share is not None and groups_of(share.results)
         counted.add((share.tokens_in_step, share.rollouts_in_step))
         assert share.is_padding == (rank == 2), "two are useful"
     alone = stream.step_share(0, 0, 1)
-    assert alone is not None and len(alone.groups) == 2 and not alone.is_padding
+    assert alone is not None and len(groups_of(alone.results)) == 2 and not alone.is_padding
     assert counted == {(alone.tokens_in_step, alone.rollouts_in_step)}, "the same gradient"
     one = stream.step_share(0, 0, 2)
-    assert one is not None and len(one.groups) == 1, "two useful groups are enough for two"
+    assert one is not None and len(groups_of(one.results)) == 1, (
+        "two useful groups are enough for two"
+    )
 
 
 def test_which_problems_refill_does_not_depend_on_timing() -> None:
@@ -547,7 +551,7 @@ def test_which_problems_refill_does_not_depend_on_timing() -> None:
                 lease = held.pop(rng.randrange(len(held)))
                 is_easy = [int(prompt.problem_id[1:]) % 3 == 0 for prompt in lease.prompts]
                 submit(stream, lease, *((1.0, 1.0) if easy else (1.0, 0.0) for easy in is_easy))
-            trained += problems_of(share.groups)
+            trained += problems_of(groups_of(share.results))
             for lease in held:
                 submit(stream, lease)
         orders.add(tuple(trained))
@@ -614,7 +618,7 @@ def test_the_stream_passes_results_on_as_they_came_and_the_learner_finds_all_in_
         sent.append(LeaseResult.of(groups))
         assert stream.submit(pickle.loads(pickle.dumps(sent[-1])))
     share = stream.step_share(0, 0, 1)
-    assert share is not None and len(share.groups) == len(useful) == 6 < 2 * len(sent)
+    assert share is not None and len(groups_of(share.results)) == len(useful) == 6 < 2 * len(sent)
     near = [  # log-probabilities are float32 values in any engine; here one is not
         replace(
             group,
@@ -625,7 +629,7 @@ def test_the_stream_passes_results_on_as_they_came_and_the_learner_finds_all_in_
         )
         for group in useful
     ]
-    assert list(pickle.loads(pickle.dumps(share)).groups) == near
+    assert groups_of(pickle.loads(pickle.dumps(share)).results) == near
     assert share.metrics == describe(sent, 0) | {"reward/groups_set_aside": 0}
 
 

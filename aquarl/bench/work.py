@@ -17,7 +17,7 @@ from aquarl.data.tokenizer import Tokenizer
 from aquarl.errors import ConfigError, DataError
 from aquarl.model.gpt import GPT
 from aquarl.model.shape import Shape
-from aquarl.records import Prompt, Rollout, RolloutGroup, Sampling
+from aquarl.records import PackedGroups, Prompt, Rollout, RolloutGroup, Sampling
 from aquarl.tasks.base import question_text, to_prompt
 from aquarl.tasks.catalog import load_problems
 
@@ -128,14 +128,15 @@ class Work:
             max_new_tokens=self.max_new,
         )
 
-    def groups(self, rollouts_PG: Sequence[Sequence[Rollout]]) -> list[RolloutGroup]:
+    def groups(self, rollouts_PG: Sequence[Sequence[Rollout]]) -> PackedGroups:
         """Return what a learner trains on, no group of it without a gradient."""
         generator = torch.Generator().manual_seed(self.seed)
         advantages_PG = torch.randn(self.prompts, self.samples, generator=generator)
-        return [
+        groups = [
             RolloutGroup(0, p, 0, prompt, tuple(row), tuple(advantages_PG[p].tolist()), 0)
             for p, (prompt, row) in enumerate(zip(self.prompt_list, rollouts_PG, strict=True))
         ]
+        return PackedGroups.of(groups)
 
     def drawn(self) -> list[list[Rollout]]:
         """Return answers as a sampler would give them, at random: what `bench learner` trains."""

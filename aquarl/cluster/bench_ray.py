@@ -10,14 +10,14 @@ it in a Ray Train worker, which takes no part in a step. `bench/` measures what 
 
 from __future__ import annotations
 
-import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import psutil
 import ray
 import torch
@@ -39,7 +39,7 @@ from aquarl.model.gpt import GPT
 from aquarl.model.modes import keep_memory
 from aquarl.model.products import use_threads
 from aquarl.model.shape import Shape
-from aquarl.records import RolloutGroup
+from aquarl.records import PackedGroups
 from aquarl.rl.learner import Learner
 from aquarl.rl.loop import InProcess, LearnerStream
 from aquarl.rl.prompts import PromptSource
@@ -185,7 +185,8 @@ def _ray_share(
                 # First of all: with new weights the worker samples at once, which belongs here.
                 stream.publish(learner.weights())
                 share = stream.next_step(learner.step, rank=0, world=1)
-                groups = _that_teach(share.groups, learner.step)
+                assert share.packed is not None, "nothing was set aside"
+                groups = _that_teach(share.packed, learner.step)
                 seen = learner.update(groups, share.tokens_in_step, share.rollouts_in_step)
                 spent = use.end()
                 assert seen["learner/grad_norm"] > 0, "as a step that teaches"
@@ -210,14 +211,12 @@ def _ray_share(
     }
 
 
-def _that_teach(groups: Sequence[RolloutGroup], seed: int) -> list[RolloutGroup]:
+def _that_teach(groups: PackedGroups, seed: int) -> PackedGroups:
     """Return the groups with advantages drawn for them: a random policy's answers are all wrong,
     and a step of such would be half a step."""
-    rng = random.Random(seed)
-    return [
-        replace(group, advantages=tuple(rng.gauss(0, 1) for _ in group.rollouts))
-        for group in groups
-    ]
+    answers_PG = groups.answers_PG.copy()
+    answers_PG["advantage"] = np.random.default_rng(seed).normal(size=answers_PG.shape)
+    return replace(groups, answers_PG=answers_PG)
 
 
 def _two_workers(

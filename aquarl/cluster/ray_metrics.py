@@ -47,9 +47,9 @@ class StreamMetrics:
     def accepted(self, result: LeaseResult, newest_version: int) -> None:
         """Count its groups. Ray is told with the next `state`, as each call of its takes long."""
         self._waiting["groups"] += len(result)
-        self._waiting["rollouts"] += result.answers_PG.size
-        self._waiting["tokens"] += len(result.tokens_M)
-        self._waiting["reward"] += float(result.answers_PG["reward"].sum())
+        self._waiting["rollouts"] += result.packed.answers_PG.size
+        self._waiting["tokens"] += len(result.packed.tokens_M)
+        self._waiting["reward"] += float(result.packed.answers_PG["reward"].sum())
         self._behind = newest_version - result.weights_version
 
     def lost(self, set_aside: Sequence[Lease]) -> None:

@@ -410,11 +410,10 @@ class RayStream:
             self._whole, self.set_aside_of_step = whole
         return share
 
-    def groups_of_step(self) -> Sequence[RolloutGroup]:
+    def groups_of_step(self) -> list[RolloutGroup]:
         """Return on rank 0 all groups of the step that was asked for last."""
-        if self._whole is None:
-            return self._share.groups
-        return [group for result in self._whole for group in result.groups()]
+        results = self._share.results if self._whole is None else self._whole
+        return [group for result in results for group in result.groups()]
 
     def evaluate(
         self, name: str, prompts: Sequence[Prompt], sampling: Sampling

@@ -12,10 +12,11 @@ them sampled.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from aquarl.model.head import token_logprobs
 from aquarl.model.modes import accumulating, autocast, sent
 from aquarl.model.optim import Optimizer, clip_gradients, finite, lr_at
 from aquarl.model.packed import Packed
-from aquarl.records import Metrics, RolloutGroup, TrainBatch, Weights
+from aquarl.records import Metrics, PackedGroups, TrainBatch, Weights
 from aquarl.rl.batch import microbatches
 from aquarl.rl.losses import effective_fraction, kl_penalty, policy_loss
 
@@ -88,7 +89,7 @@ class Learner:
 
     def update(
         self,
-        groups: Sequence[RolloutGroup],
+        groups: PackedGroups | None,
         tokens_in_step: int,
         rollouts_in_step: int,
         is_padding: bool = False,
@@ -96,12 +97,12 @@ class Learner:
         """Do one optimizer step on this rank's groups. Returns means over the step's tokens.
 
         Args:
-            groups: Those of this rank, at least one, unless the whole step was set aside: then
-                the step passes without an update.
+            groups: Those of this rank; none where the whole step was set aside, which passes
+                without an update.
             tokens_in_step, rollouts_in_step: Counts over all ranks.
             is_padding: Take part in the step without a share in its gradient and its sums.
         """
-        if rollouts_in_step == 0:
+        if groups is None:
             self.step += 1
             return {}
         started = time.perf_counter()
@@ -143,16 +144,15 @@ class Learner:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _by_gradient(
-        self, groups: Sequence[RolloutGroup]
-    ) -> tuple[Sequence[RolloutGroup], Sequence[RolloutGroup]]:
+    def _by_gradient(self, groups: PackedGroups) -> tuple[PackedGroups, PackedGroups]:
         """Part those that teach from those whose gradient is 0, which are only looked at."""
+        is_steep_P = np.abs(groups.answers_PG["advantage"]).max(axis=1) > 0
         if self.config.kl_weight:
-            return groups, ()
-        steep = [group for group in groups if any(group.advantages)]
-        if not steep:  # one is taken for all: every rank has to join in exchanging gradients
-            return groups[:1], groups[1:]
-        return steep, [group for group in groups if not any(group.advantages)]
+            is_steep_P[:] = True
+        if not is_steep_P.any():  # one is taken for all: every rank has to exchange gradients
+            is_steep_P[0] = True
+        steep, flat = (np.flatnonzero(is_P).tolist() for is_P in (is_steep_P, ~is_steep_P))
+        return groups.only(steep), groups.only(flat)
 
     def _backward(self, batch: TrainBatch, sums: Sums, share: float = 1.0) -> None:
         # DDP averages over ranks, but the counts are the whole step's: multiply it back.

@@ -94,7 +94,7 @@ def train_policy(
         share = each(partial(stream.next_step, step, learner.rank, learner.world))
         waited = time.perf_counter()
         metrics = learner.update(
-            share.groups, share.tokens_in_step, share.rollouts_in_step, share.is_padding
+            share.packed, share.tokens_in_step, share.rollouts_in_step, share.is_padding
         )
         learned = time.perf_counter()
         if is_first_rank:

@@ -15,7 +15,7 @@ given to it, so a test can play hours in a moment.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import groupby
@@ -174,9 +174,7 @@ class RolloutStream:
         groups = [
             _Group(result, place, is_uniform, tokens)
             for result in results
-            for place, (is_uniform, tokens) in enumerate(
-                zip(result.is_uniform_P.tolist(), result.tokens_P.tolist(), strict=True)
-            )
+            for place, (is_uniform, tokens) in enumerate(_uniform_and_tokens(result))
         ]
         counted, others = groups, []
         if self.config.refill_uniform_groups:
@@ -189,7 +187,7 @@ class RolloutStream:
         return StepShare(
             results=_results(trained[rank::world]),
             tokens_in_step=sum(group.tokens for group in counted),
-            rollouts_in_step=sum(group.result.answers_PG.shape[1] for group in counted),
+            rollouts_in_step=sum(group.result.packed.answers_PG.shape[1] for group in counted),
             metrics=describe(results, step) | {"reward/groups_set_aside": sum(map(len, aside))},
             is_padding=rank >= len(counted) > 0,
         )
@@ -362,7 +360,7 @@ class RolloutStream:
         """Lease further prompts for a complete step in place of groups that teach nothing."""
         config = self.config
         while config.refill_uniform_groups and (results := self.step_results(step)) is not None:
-            useful = sum(int((~result.is_uniform_P).sum()) for result in results)
+            useful = sum(int((~result.packed.is_uniform_P).sum()) for result in results)
             missing = config.prompts_per_step - useful
             room = (1 + REFILLS_AT_MOST) * config.prompts_per_step - sum(map(len, results))
             if min(missing, room) <= 0:
@@ -389,6 +387,11 @@ class _Group(NamedTuple):
     place: int
     is_uniform: bool
     tokens: int
+
+
+def _uniform_and_tokens(result: LeaseResult) -> Iterator[tuple[bool, int]]:
+    packed = result.packed
+    return zip(packed.is_uniform_P.tolist(), packed.tokens_P.tolist(), strict=True)
 
 
 def _results(groups: Iterable[_Group]) -> tuple[LeaseResult, ...]:
@@ -422,28 +425,26 @@ def describe(results: Sequence[LeaseResult], step: int) -> Metrics:
     """Return what to plot about a step's groups; of none, that there are none."""
     if not results:
         return {"reward/groups": 0}
-    answers_B = np.concatenate([result.answers_PG.flatten() for result in results])
-    right_B = np.concatenate(
-        [np.repeat([asked[2] for asked in x.asked_P], x.answers_PG.shape[1]) for x in results]
-    )
+    answers_B = np.concatenate([result.packed.answers_PG.flatten() for result in results])
+    right_P = [right for result in results for _, _, right in result.asked_P]
+    right_B = np.repeat(right_P, len(answers_B) // len(right_P))
     groups_R = np.array([len(result) for result in results])
     staleness_R = np.array([step - result.weights_version for result in results])
-    groups = int(groups_R.sum())
     sample_s = sum(result.sample_s * len(result) for result in results)
     ages: Counter[int] = Counter()  # of tokens, in versions before the step's own
     for result, staleness in zip(results, staleness_R.tolist(), strict=True):
-        counts = np.bincount(result.newer_M) if result.newer_M.size else [len(result.tokens_M)]
-        for newer, tokens in enumerate(counts):
-            ages[staleness - newer] += int(tokens)
+        tokens = len(result.packed.tokens_M)
+        for newer, count in enumerate(np.bincount(result.newer_M).tolist() or [tokens]):
+            ages[staleness - newer] += count
     return {
         "reward/mean": float(answers_B["reward"].mean()),
         "reward/accuracy": float((answers_B["letter"] == right_B).mean()),
         "reward/committed_fraction": float((answers_B["letter"] != "").mean()),
-        "reward/uniform_groups": sum(int(result.is_uniform_P.sum()) for result in results),
-        "reward/groups": groups,
+        "reward/uniform_groups": sum(int(x.packed.is_uniform_P.sum()) for x in results),
+        "reward/groups": len(right_P),
         "rollout/length_mean": float(answers_B["length"].mean()),
         "rollout/cut_fraction": float((~answers_B["stopped"]).mean()),
-        "rollout/staleness_mean": float(staleness_R @ groups_R) / groups,
+        "rollout/staleness_mean": float(staleness_R @ groups_R) / len(right_P),
         "rollout/staleness_max": int(staleness_R.max()),
         "time/sample_s": sample_s,
         "time/sample_per_worker_s": sample_s / len({result.worker for result in results}),
