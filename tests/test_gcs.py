@@ -37,6 +37,7 @@ from aquarl.model.checkpoint import (
 from aquarl.model.gpt import GPT
 from aquarl.observe.ledger import Ledger
 from aquarl.observe.metrics import JsonlSink, read_metrics
+from aquarl.records import LeaseResult
 from aquarl.serve.export import export
 from aquarl.storage import put
 from tests.fakes import byte_tokenizer, make_group, random_model
@@ -152,10 +153,10 @@ def test_a_corpus_is_read_from_the_bucket(run_dir: str) -> None:
 def test_a_ledger_takes_back_what_came_after_the_checkpoint(run_dir: str) -> None:
     ledger = Ledger(run_dir, 0)
     for step in range(3):
-        ledger.add(step, [make_group([1], [[2], [3]])])
+        ledger.add(step, [LeaseResult.of([make_group([1], [[2], [3]])])])
     ledger.write()
     resumed = Ledger(run_dir, 2)  # the checkpoint is of step 2: step 2 itself is trained again
-    resumed.add(2, [make_group([1], [[2], [3]], rewards=[0.0, 1.0])])
+    resumed.add(2, [LeaseResult.of([make_group([1], [[2], [3]], rewards=[0.0, 1.0])])])
     resumed.write()
     rows = [json.loads(line) for line in read(f"{run_dir}/ledger.jsonl").splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]

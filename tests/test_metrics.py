@@ -29,7 +29,7 @@ from aquarl.observe.metrics import (
     wandb_mode,
 )
 from aquarl.observe.transcripts import forget_transcripts, write_transcripts
-from aquarl.records import Prompt, Rollout, RolloutGroup
+from aquarl.records import LeaseResult, Prompt, Rollout, RolloutGroup
 from tests.fakes import byte_tokenizer
 
 
@@ -350,9 +350,13 @@ def make_group(index: int, rewards: tuple[float, ...]) -> RolloutGroup:
     )
 
 
+RESULTS = [LeaseResult.of([make_group(0, (0.0, 1.0))])]
+
+
 def test_transcripts_show_the_best_and_the_worst_as_text(tmp_path: Path) -> None:
     groups = [make_group(i, (0.0, 1.0)) for i in range(4)]
-    write_transcripts(str(tmp_path), 3, groups, byte_tokenizer(), how_many=2)
+    results = [LeaseResult.of(groups[:3]), LeaseResult.of(groups[3:])]
+    write_transcripts(str(tmp_path), 3, results, byte_tokenizer(), how_many=2)
     lines = (tmp_path / "transcripts/step_000003.jsonl").read_text().splitlines()
     best, worst = map(json.loads, lines)
     assert (best["problem"], best["reward"], best["advantage"]) == ("p0", 1.0, 0.5)
@@ -363,16 +367,20 @@ def test_transcripts_show_the_best_and_the_worst_as_text(tmp_path: Path) -> None
 
 
 def test_no_transcripts_are_written_when_none_are_wanted(tmp_path: Path) -> None:
-    write_transcripts(str(tmp_path), 3, [make_group(0, (0.0, 1.0))], byte_tokenizer(), how_many=0)
+    write_transcripts(
+        str(tmp_path),
+        3,
+        RESULTS,
+        byte_tokenizer(),
+        how_many=0,
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_where_rl_begins_the_transcripts_from_there_on_are_forgotten(tmp_path: Path) -> None:
     forget_transcripts(str(tmp_path), 0)  # there are none yet
     for step in (2, 3, 4):
-        write_transcripts(
-            str(tmp_path), step, [make_group(0, (0.0, 1.0))], byte_tokenizer(), how_many=1
-        )
+        write_transcripts(str(tmp_path), step, RESULTS, byte_tokenizer(), how_many=1)
     forget_transcripts(str(tmp_path), 3)
     (left,) = (tmp_path / "transcripts").iterdir()
     assert left.name == "step_000002.jsonl"
@@ -381,11 +389,10 @@ def test_where_rl_begins_the_transcripts_from_there_on_are_forgotten(tmp_path: P
 def test_transcripts_that_cannot_be_written_are_only_warned_of(tmp_path: Path) -> None:
     (tmp_path / "transcripts").write_text("a file stands in the way")
     with pytest.warns(UserWarning, match="No transcripts"):
-        write_transcripts(str(tmp_path), 3, [make_group(0, (0.0, 1.0))], byte_tokenizer(), 1)
+        write_transcripts(str(tmp_path), 3, RESULTS, byte_tokenizer(), 1)
 
 
 def test_transcripts_of_a_bucket_go_to_the_bucket() -> None:
-    groups = [make_group(0, (0.0, 1.0))]
-    write_transcripts("memory://bucket/talk", 12, groups, byte_tokenizer(), how_many=5)
+    write_transcripts("memory://bucket/talk", 12, RESULTS, byte_tokenizer(), how_many=5)
     fs, folder = fsspec.url_to_fs("memory://bucket/talk/transcripts")
     assert len(fs.cat_file(f"{folder}/step_000012.jsonl").splitlines()) == 1

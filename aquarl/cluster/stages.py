@@ -53,7 +53,6 @@ from aquarl.records import (
     LeaseResult,
     Metrics,
     Prompt,
-    RolloutGroup,
     Sampling,
     StepShare,
     Weights,
@@ -300,13 +299,13 @@ def _rl_stage(post: Post, tokenizer: Tokenizer, since: float) -> None:
         trained_tokens += int(metrics.get("tokens/trained", 0))
         post.log("rl", step, metrics)
         if member.rank == 0 and "tokens/trained" in metrics:
-            groups = stream.groups_of_step()
-            ledger.add(step, groups, stream.set_aside_of_step)
+            results = stream.results_of_step
+            ledger.add(step, results, stream.set_aside_of_step)
             for lease in stream.set_aside_of_step:
                 said = what_is_set_aside(lease, config.rl.lease_deaths)
                 post.relay.put.remote("rl", step, said)
             shown = config.rl.transcripts_per_step
-            write_transcripts(config.run.dir, step, groups, tokenizer, shown)
+            write_transcripts(config.run.dir, step, results, tokenizer, shown)
 
     def save(learner: Learner, frontier: int) -> None:
         def write() -> None:
@@ -368,9 +367,8 @@ class RayStream:
         self._timeout_s = config.rl.wait_timeout_s + 60
         self._learner = ""
         """What this rank's group is to the stream, once it is of one."""
-        self._share = StepShare((), 0, 0, {})
-        self._whole: list[LeaseResult] | None = None
-        """Of the step that was asked for last: all results, where the share is not all of it."""
+        self.results_of_step: Sequence[LeaseResult] = ()
+        """On rank 0: all that the step which was asked for last is trained on."""
         self.set_aside_of_step: list[Lease] = []
 
     def _call(self, method: Callable[..., Any], *args: Any) -> Any:
@@ -401,19 +399,14 @@ class RayStream:
 
     def next_step(self, step: int, rank: int, world: int) -> StepShare:
         share: StepShare = self._call(self._actor.next_step, self._learner, step, rank, world)
-        self._share, self._whole, self.set_aside_of_step = share, None, []
+        self.results_of_step, self.set_aside_of_step = share.results, []
         seen, groups = share.metrics, sum(map(len, share.results))
         is_all = groups == seen["reward/groups"] and not seen["reward/groups_set_aside"]
         if rank == 0 and not is_all:
             # Now, for no rank can ask for the next step, which forgets this one.
             whole = self._call(self._actor.step_results, self._learner, step)
-            self._whole, self.set_aside_of_step = whole
+            self.results_of_step, self.set_aside_of_step = whole
         return share
-
-    def groups_of_step(self) -> list[RolloutGroup]:
-        """Return on rank 0 all groups of the step that was asked for last."""
-        results = self._share.results if self._whole is None else self._whole
-        return [group for result in results for group in result.groups()]
 
     def evaluate(
         self, name: str, prompts: Sequence[Prompt], sampling: Sampling

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from aquarl.errors import DataError
-from aquarl.records import Lease, RolloutGroup
+from aquarl.records import Lease, LeaseResult
 from aquarl.storage import get, put
 
 
@@ -44,24 +44,30 @@ class Ledger:
             return b""
 
     def add(
-        self, step: int, groups: Sequence[RolloutGroup], set_aside: Sequence[Lease] = ()
+        self, step: int, results: Sequence[LeaseResult], set_aside: Sequence[Lease] = ()
     ) -> None:
         """Note the groups that were trained in a step, and the leases that it went without."""
         self._lines += [
             json.dumps(
                 {
                     "step": step,
-                    "lease": group.lease_id,
-                    "place": group.index,
-                    "problem": group.prompt.problem_id,
-                    "weights_version": group.weights_version,
-                    "worker": group.worker,
-                    "sampled": [round(moment, 3) for moment in group.sampled],
-                    "fetch_s": round(group.fetch_s, 4),
-                    "rewards": [rollout.reward for rollout in group.rollouts],
+                    "lease": result.lease_id,
+                    "place": place,
+                    "problem": problem,
+                    "weights_version": result.weights_version,
+                    "worker": result.worker,
+                    "sampled": [round(moment, 3) for moment in result.sampled],
+                    "fetch_s": round(result.fetch_s, 4),
+                    "rewards": rewards,
                 }
             )
-            for group in groups
+            for result in results
+            for place, (problem, _, _), rewards in zip(
+                result.index_P,
+                result.asked_P,
+                result.packed.answers_PG["reward"].tolist(),
+                strict=True,
+            )
         ] + [
             json.dumps(
                 {

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import fsspec
 
-from aquarl.records import RolloutGroup
+from aquarl.records import LeaseResult
 from aquarl.storage import what
 
 
@@ -26,17 +26,17 @@ class Decoder(Protocol):
 
 
 def write_transcripts(
-    run_dir: str, step: int, groups: Sequence[RolloutGroup], tokenizer: Decoder, how_many: int
+    run_dir: str, step: int, results: Sequence[LeaseResult], tokenizer: Decoder, how_many: int
 ) -> None:
     """Write some rollouts of a step, the best of one group, the worst of the next, and so on.
 
     Args:
-        groups: Of one step; those shown are spread evenly over them.
+        results: Of one step; the groups shown are spread evenly over theirs.
         how_many: Rollouts to write; with 0 there is no file.
 
     A place that cannot be written to is warned of, once; the run goes on.
     """
-    rows = list(_rows(groups, tokenizer, how_many))
+    rows = list(_rows(results, tokenizer, how_many))
     if not rows:
         return
     text = "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
@@ -66,10 +66,12 @@ def forget_transcripts(run_dir: str, step: int) -> None:
 
 
 def _rows(
-    groups: Sequence[RolloutGroup], tokenizer: Decoder, how_many: int
+    results: Sequence[LeaseResult], tokenizer: Decoder, how_many: int
 ) -> Iterator[dict[str, Any]]:
+    groups = [(result, place) for result in results for place in range(len(result))]
     for i in range(min(how_many, len(groups))):
-        group = groups[i * len(groups) // min(how_many, len(groups))]
+        result, place = groups[i * len(groups) // min(how_many, len(groups))]
+        (group,) = result.only([place]).groups()
         rewards = [rollout.reward for rollout in group.rollouts]
         shown = rewards.index(max(rewards) if i % 2 == 0 else min(rewards))
         rollout = group.rollouts[shown]
