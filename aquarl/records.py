@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -196,8 +197,12 @@ class PackedGroups:
         """Return these groups, at least one, of as many answers each."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         tokens_M = np.empty(sum(len(rollout.ids) for rollout in rollouts), TOKEN)
-        tokens_M["id"] = [i for rollout in rollouts for i in rollout.ids]
-        tokens_M["logprob"] = [x for rollout in rollouts for x in rollout.logprobs]
+        for name, rows in (
+            ("id", (rollout.ids for rollout in rollouts)),
+            ("logprob", (rollout.logprobs for rollout in rollouts)),
+        ):
+            numbers = chain.from_iterable(rows)
+            tokens_M[name] = np.fromiter(numbers, TOKEN[name], len(tokens_M))
         answers = [
             (len(rollout.ids), rollout.stopped, rollout.letter or "", rollout.reward, advantage)
             for group in groups
